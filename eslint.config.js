@@ -1,0 +1,50 @@
+import neostandard, { plugins } from 'neostandard'
+
+/** Forbids every relative import but the named ones: the path of an identity leads one way. */
+const mayImport = (file, ...modules) => ({
+  files: [`src/${file}`],
+  rules: {
+    'no-restricted-imports': ['error', {
+      patterns: [{
+        regex: `^\\.(?!\\.?/(?:${modules.map(module => module.replaceAll('.', '\\.')).join('|') || '$'})$)`,
+        message: `src/${file} may import ${modules.join(', ') || 'nothing of ours'}.`
+      }, {
+        regex: file === 'mixpanel.ts' ? '^$' : '^undici$',
+        message: 'Only mixpanel.ts speaks to Mixpanel.'
+      }]
+    }]
+  }
+})
+
+export default [
+  ...neostandard({ ts: true, ignores: ['dist', '.tap'] }),
+  {
+    rules: {
+      '@stylistic/max-len': ['error', { code: 120, ignoreUrls: true, ignoreRegExpLiterals: true }],
+      'max-lines': ['error', 150]
+    }
+  },
+  {
+    files: ['test/**', 'bench/**'],
+    rules: { 'max-lines': 'off' }
+  },
+  {
+    files: ['src/**'],
+    ignores: ['src/server.ts', 'src/sandbox/server.ts', 'src/sandbox/demo.ts'],
+    plugins: { n: plugins.n },
+    rules: {
+      'n/no-process-env': 'error',
+      'no-restricted-globals': ['error', { name: 'process', message: 'Only server.ts touches the process.' }]
+    }
+  },
+  mayImport('config.ts'),
+  mayImport('identity.ts'),
+  mayImport('verdict.ts'),
+  mayImport('problem.ts', 'identity.ts'),
+  mayImport('mixpanel.ts', 'config.ts', 'identity.ts', 'verdict.ts'),
+  mayImport('relay.ts', 'config.ts', 'identity.ts', 'mixpanel.ts', 'verdict.ts'),
+  mayImport('plugins/*.ts', 'config.ts', 'problem.ts'),
+  mayImport('routes/*.ts', 'identity.ts', 'problem.ts', 'relay.ts', 'verdict.ts'),
+  mayImport('app.ts', 'config.ts', 'relay.ts', 'plugins/[a-z]+.ts', 'routes/[a-z]+.ts'),
+  mayImport('server.ts', 'app.ts', 'config.ts', 'mixpanel.ts', 'relay.ts')
+]

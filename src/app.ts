@@ -1,0 +1,98 @@
+import { isUtf8 } from 'node:buffer'
+import swagger from '@fastify/swagger'
+import Fastify, { LogController, type FastifyBaseLogger, type FastifyInstance, type FastifyRequest, type HTTPMethods } from 'fastify'
+import type { Config } from './config.ts'
+import { draining } from './plugins/draining.ts'
+import { limits } from './plugins/limits.ts'
+import { origins } from './plugins/origins.ts'
+import { answerClientError, answerError, problems } from './plugins/problems.ts'
+import { requestId, requests } from './plugins/requests.ts'
+import type { Relay } from './relay.ts'
+import { docs } from './routes/docs.ts'
+import { identify } from './routes/identify.ts'
+import { operations } from './routes/operations.ts'
+
+/** A valid identity has under 1 KB, or with 200 long property names some 50 KB. */
+const BODY_LIMIT = 65_536
+
+/** A request that is not complete by then is closed with 408. */
+const REQUEST_TIMEOUT_MS = 10_000
+
+/** Longer than the idle time of common load balancers (60 s), or they meet a connection that is just being closed. */
+const KEEP_ALIVE_MS = 65_000
+
+/**
+ * The path of an identity: a POST gets its id and is refused if two servers could read it in two ways (requests), if
+ * the relay closes (draining), if a browser sends it from a foreign page (origins) or too often (limits). The body is
+ * parsed here and validated by routes/identify, which makes it an event and hands it to the relay; the relay encodes
+ * it with the token and sends it (mixpanel), reads the answer (verdict), and the verdict becomes the answer (problem).
+ *
+ * Returns the app, not yet listening; `app.close()` lets requests in flight finish and then closes the relay.
+ */
+export async function buildApp (config: Config, { relay, logger }: { relay: Relay, logger: FastifyBaseLogger }) {
+  const app: FastifyInstance = Fastify({
+    loggerInstance: logger,
+    logController: new LogController({ disableRequestLogging: true }),
+    // Our lines carry the request's id themselves; a child logger for each request would only cost.
+    childLoggerFactory: parent => parent,
+    genReqId: requestId,
+    requestIdHeader: false,
+    trustProxy: config.TRUST_PROXY.length > 0 ? config.TRUST_PROXY : false,
+    bodyLimit: BODY_LIMIT,
+    requestTimeout: REQUEST_TIMEOUT_MS,
+    keepAliveTimeout: KEEP_ALIVE_MS,
+    // Node looks for late requests every 30 s, and swaps the two timeouts when this one is the longer.
+    http: { headersTimeout: REQUEST_TIMEOUT_MS, connectionsCheckingInterval: 500 },
+    // plugins/draining answers instead, with a problem.
+    return503OnClosing: false,
+    clientErrorHandler: answerClientError,
+    frameworkErrors: answerError as never,
+    ajv: {
+      // Refuse, never coerce or drop; `verbose` leads from an error to the description of the rule.
+      customOptions: { coerceTypes: false, removeAdditional: false, useDefaults: false, allErrors: true, verbose: true }
+    }
+  })
+  app.addHook('onClose', () => relay.close())
+
+  await app.register(requests)
+  await app.register(problems)
+  await app.register(draining)
+  await app.register(origins, { config })
+  await app.register(limits, { config })
+  await app.register(swagger, { openapi: about })
+  app.setNotFoundHandler({ preHandler: app.rateLimit() }, async (request, reply) => {
+    const allowed = (['GET', 'HEAD', 'POST'] as HTTPMethods[]).filter(method => app.hasRoute({ method, url: pathOf(request) }))
+    return allowed.length === 0
+      ? reply.problem('not_found')
+      : reply.header('allow', allowed.join(', ')).problem('method_not_allowed')
+  })
+  app.removeAllContentTypeParsers()
+  app.addContentTypeParser(['application/json', 'text/plain'], { parseAs: 'buffer' }, parseJson(app))
+
+  await app.register(operations, { relay })
+  await app.register(docs)
+  await app.register(identify, { relay })
+  return app
+}
+
+const about = {
+  openapi: '3.1.0',
+  info: {
+    title: 'Mixpanel identify relay',
+    version: '1',
+    license: { name: 'MIT', identifier: 'MIT' },
+    description: 'Takes two ids, adds the project token, and tells the truth about what Mixpanel said.'
+  }
+}
+
+const pathOf = (request: FastifyRequest) => request.url.split('?')[0] as string
+
+/** JSON in UTF-8: Node would read other bytes as U+FFFD, and two users' ids could become one. */
+function parseJson (app: FastifyInstance) {
+  const parse = app.getDefaultJsonParser('error', 'error')
+  return (request: FastifyRequest, body: Buffer, done: (error: Error | null, body?: unknown) => void) => {
+    const refuse = () => done(Object.assign(new Error('must be JSON in UTF-8'), { statusCode: 400 }))
+    if (!isUtf8(body)) return refuse()
+    parse(request, body.toString(), (error, value) => error === null ? done(null, value) : refuse())
+  }
+}

@@ -1,0 +1,133 @@
+import { isIP } from 'node:net'
+import { FormatRegistry, Type, type Static, type TSchema } from '@sinclair/typebox'
+import { Value } from '@sinclair/typebox/value'
+
+type Env = Record<string, string | undefined>
+
+/** Thrown by `readConfig`. `message` holds one sentence for every mistake, a line each, and no value of any variable. */
+export class ConfigError extends Error {}
+
+FormatRegistry.Set('base-url', text => {
+  if (!URL.canParse(text)) return false
+  const url = new URL(text)
+  return /^https?:$/.test(url.protocol) && url.username + url.password + url.search + url.hash === ''
+})
+// Browsers send lower case and leave the default port out; an origin written otherwise would never match.
+FormatRegistry.Set('origin', text => /^[a-z][a-z0-9+.-]*:\/\/[^/?#\s*@]+$/.test(text) &&
+  (!/^https?:/.test(text) || (URL.canParse(text) && new URL(text).origin === text)))
+// IPv4-mapped IPv6 is refused: such a range once trusted the whole IPv4 internet (CVE-2026-92395). So is /0.
+FormatRegistry.Set('network', text => {
+  const [address = '', bits, ...rest] = text.split('/')
+  const family = isIP(address)
+  const most = family === 4 ? 32 : 128
+  return family !== 0 && rest.length === 0 && !/^::ffff:/i.test(address) &&
+    (bits === undefined || (/^\d{1,3}$/.test(bits) && Number(bits) >= 1 && Number(bits) <= most))
+})
+
+const integer = (minimum: number, maximum: number, byDefault: number) => Type.Integer({
+  minimum, maximum, default: byDefault, rule: `must be an integer from ${minimum} to ${maximum}`
+})
+const oneOf = <const T extends string>(values: T[], byDefault: T) => Type.Union(values.map(value => Type.Literal(value)), {
+  default: byDefault, rule: `must be one of ${values.join(', ')}`
+})
+const list = (format: string, rule: string) => Type.Array(Type.String({ format, rule }), { default: [], rule })
+const flag = () => Type.Boolean({ default: false, rule: 'must be true or false' })
+const secret = (pattern: string, rule: string) => Type.String({ pattern, rule, secret: true })
+
+/** The environment: every variable, its default and, as `rule`, what is said when it is wrong. */
+export const Environment = Type.Object({
+  MIXPANEL_TOKEN: secret('^[!-~]+$', 'must be a project token: printable characters without spaces'),
+  MIXPANEL_REGION: oneOf(['us', 'eu', 'in'], 'us'),
+  MIXPANEL_URL: Type.Optional(Type.String({
+    format: 'base-url', rule: 'must be an http or https URL without user, query or fragment'
+  })),
+  MIXPANEL_ENDPOINT: oneOf(['track', 'import'], 'track'),
+  MIXPANEL_STRICT: oneOf(['0', '1'], '0'),
+  MIXPANEL_SERVICE_ACCOUNT: Type.Optional(secret('^[^:\\s]+:\\S+$', 'must be of the form user:secret')),
+  MIXPANEL_PROJECT_ID: Type.Optional(Type.String({ pattern: '^\\d+$', rule: 'must be a number' })),
+  MIXPANEL_TIMEOUT_MS: integer(1, 600_000, 5000),
+  DEADLINE_MS: integer(1, 600_000, 10_000),
+  MAX_BATCH: integer(1, 2000, 50),
+  MAX_IN_FLIGHT: integer(1, 1_000_000, 5000),
+  HOST: Type.String({ default: '127.0.0.1', pattern: '^[0-9A-Za-z.:-]+$', rule: 'must be an address or a host name' }),
+  PORT: integer(0, 65_535, 8080),
+  LOG_LEVEL: oneOf(['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'], 'info'),
+  TRUST_PROXY: list('network', 'must be a comma list of IP addresses or CIDR ranges, none of them /0 or IPv4-mapped'),
+  CORS_ORIGINS: list('origin', 'must be a comma list of origins such as https://app.example.com, without path or *'),
+  ALLOW_ANONYMOUS: flag(),
+  RATE_LIMIT_MAX: integer(1, 1_000_000_000, 600),
+  RATE_LIMIT_WINDOW_MS: integer(1, 86_400_000, 60_000),
+  OUTBOX: oneOf(['off'], 'off'),
+  SHUTDOWN_DELAY_MS: integer(0, 600_000, 0),
+  SHUTDOWN_TIMEOUT_MS: integer(1, 600_000, 10_000)
+})
+
+export type Config = Readonly<Static<typeof Environment>>
+
+/** Variables that this version cannot honour. To ignore one in silence could leave open what its operator closed. */
+const UNSUPPORTED = ['API_KEYS', 'JWT_SECRET', 'JWT_JWKS_URL', 'METRICS_PORT', 'REDIS_URL']
+
+/** The variables whose values are secrets; each may be replaced by `<NAME>_FILE`, the path of a file that holds it. */
+export const SECRETS = Object.entries<TSchema>(Environment.properties)
+  .filter(([, schema]) => schema.secret === true).map(([name]) => name)
+
+/**
+ * The configuration that `env` describes: typed, frozen, defaults filled in. An empty variable is an unset one.
+ * `readFile` returns a file's text or throws. Throws ConfigError, which names every mistake at once.
+ */
+export function readConfig (env: Env, readFile: (path: string) => string): Config {
+  const mistakes = new Map<string, string>()
+  const found: Record<string, unknown> = {}
+  for (const [name, schema] of Object.entries<TSchema>(Environment.properties)) {
+    const raw = schema.secret === true && env[`${name}_FILE`] ? secretFromFile(name, env, readFile, mistakes) : env[name]
+    if (raw) found[name] = decode(schema, raw)
+  }
+  const config = Value.Default(Environment, found) as Config
+  for (const { path, schema, value } of Value.Errors(Environment, config)) {
+    const name = path.split('/')[1] ?? ''
+    if (!mistakes.has(name)) mistakes.set(name, `${name} ${value === undefined ? 'is required' : schema.rule}.`)
+  }
+  const sentences = [...mistakes.values(), ...contradictions(config, env)]
+  if (sentences.length > 0) throw new ConfigError(sentences.join('\n'))
+  return Object.freeze(config)
+}
+
+/** True for addresses that only this machine can reach. */
+export function isLoopback (host: string): boolean {
+  return host === 'localhost' || host === '::1' || (isIP(host) === 4 && host.startsWith('127.'))
+}
+
+function contradictions (config: Config, env: Env): string[] {
+  const sentences = UNSUPPORTED.flatMap(name => [name, `${name}_FILE`]).filter(name => env[name])
+    .map(name => `${name} is not supported by this version: unset it.`)
+  if ((config.MIXPANEL_SERVICE_ACCOUNT === undefined) !== (config.MIXPANEL_PROJECT_ID === undefined)) {
+    sentences.push('MIXPANEL_SERVICE_ACCOUNT and MIXPANEL_PROJECT_ID must be set together.')
+  }
+  if (!isLoopback(config.HOST) && config.ALLOW_ANONYMOUS !== true) {
+    sentences.push('HOST is not a loopback address, so anyone who reaches it could merge identities for good: ' +
+      'set ALLOW_ANONYMOUS=true if that is meant.')
+  }
+  return sentences
+}
+
+function secretFromFile (
+  name: string, env: Env, readFile: (path: string) => string, mistakes: Map<string, string>
+): string | undefined {
+  if (env[name]) mistakes.set(name, `${name} and ${name}_FILE must not both be set.`)
+  try {
+    return readFile(env[`${name}_FILE`] as string).trim()
+  } catch (error) {
+    mistakes.set(name, `${name}_FILE cannot be read (${(error as NodeJS.ErrnoException).code}).`)
+    return undefined
+  }
+}
+
+/** Turns text into what the schema asks for; what does not fit stays text, so that the schema refuses it. */
+function decode (schema: TSchema, text: string): unknown {
+  switch (schema.type) {
+    case 'integer': return /^\d{1,15}$/.test(text) ? Number(text) : text
+    case 'boolean': return text === 'true' ? true : text === 'false' ? false : text
+    case 'array': return text.split(',').map(item => item.trim()).filter(item => item !== '')
+    default: return text
+  }
+}

@@ -1,0 +1,112 @@
+import { Type, type Static } from '@sinclair/typebox'
+
+/** One broken field of a request: `pointer` is a JSON Pointer into the body, `detail` the rule in words. */
+export interface FieldError { pointer: string, detail: string }
+
+/** Event properties that belong to Mixpanel or to the relay; `mp_*` is reserved as well. */
+const RESERVED_NAMES = [
+  'token', 'ip', 'time', '$time', 'distinct_id', '$distinct_id', '$device_id', '$user_id', '$insert_id',
+  '$identified_id', '$anon_id', '$anon_distinct_id', '$distinct_ids', 'alias', '$event_name', 'bucket', '$bucket', '$ignore',
+  '$failure_reason', '$failure_description', '$identity_failure_reason', '$distinct_id_before_identity', '$is_reshuffled'
+]
+
+/** Values that Mixpanel treats as no id at all, and the one that JavaScript makes of `String({})`. */
+const JUNK_IDS = new Set([
+  '00000000-0000-0000-0000-000000000000', 'anon', 'anonymous', 'nil', 'none', 'null', 'n/a', 'na', 'undefined', 'unknown',
+  '<nil>', '0', '-1', 'true', 'false', '[]', '{}', '[object object]'
+])
+
+/** Mixpanel's limits: properties themselves are level 1; an array or a nested object has fewer than 255 entries. */
+const MAX_DEPTH = 3
+const MAX_ENTRIES = 254
+
+const Properties = Type.Unsafe<Record<string, unknown>>({
+  type: 'object',
+  maxProperties: 200,
+  propertyNames: {
+    allOf: [
+      { maxLength: 255 },
+      { not: { enum: RESERVED_NAMES }, description: 'is a reserved name' },
+      { pattern: '^(?!mp_)', description: 'is a reserved name (mp_*)' }
+    ]
+  },
+  description: `Additional event properties: at most 200, names of at most 255 characters, depth at most ${MAX_DEPTH}, ` +
+    'no reserved names.'
+})
+
+/**
+ * One identity: the only schema of it, for both routes and for the OpenAPI document. A pattern's `description` is what
+ * the caller reads when the pattern does not match. What JSON Schema cannot say is in `brokenRules`.
+ */
+export const Identity = Type.Object({
+  identified_id: Type.String({
+    minLength: 1,
+    maxLength: 255,
+    allOf: [
+      { pattern: '^[^\\p{Cc}\\p{Cs}]*$', description: 'must not contain control characters or lone surrogates' },
+      { pattern: '^(?:\\S(?:[^]*\\S)?)?$', description: 'must not begin or end with white space' },
+      { pattern: '^(?!\\$device:)', description: 'must not be an anonymous id ($device:…)' }
+    ],
+    description: 'The id you chose for the user. Not a placeholder such as "null" or "anonymous", not equal to anon_id.',
+    examples: ['user-42']
+  }),
+  anon_id: Type.String({
+    maxLength: 44,
+    allOf: [{
+      pattern: '^(?:\\$device:)?[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-4[0-9a-fA-F]{3}-[89abAB][0-9a-fA-F]{3}-[0-9a-fA-F]{12}$',
+      description: 'must be a UUID v4, with or without the $device: prefix'
+    }],
+    description: 'The id under which the user was tracked before: a UUID v4, passed on byte for byte.',
+    examples: ['$device:5f0c8a1e-6a0b-4d53-9d3c-0a1f6f2b7c11']
+  }),
+  distinct_id: Type.Optional(Type.String({ description: 'When given, equal to identified_id.' })),
+  properties: Type.Optional(Properties)
+}, { additionalProperties: false })
+
+export type Identity = Static<typeof Identity>
+
+/**
+ * The rules that JSON Schema cannot express: junk ids, equality between fields, depth and sanity of property values.
+ * Takes any value, valid or not, and speaks only of fields whose type allows it; never throws.
+ */
+export function brokenRules (body: unknown): FieldError[] {
+  if (typeof body !== 'object' || body === null) return []
+  const { identified_id: identified, anon_id: anon, distinct_id: distinct, properties } = body as Record<string, unknown>
+  const errors: FieldError[] = []
+  if (typeof identified === 'string') {
+    if (JUNK_IDS.has(identified.toLowerCase())) {
+      errors.push({ pointer: '/identified_id', detail: 'must be an id, not a placeholder that many users would share' })
+    }
+    if (identified === anon) errors.push({ pointer: '/identified_id', detail: 'must not be equal to anon_id' })
+    if (typeof distinct === 'string' && distinct !== identified) {
+      errors.push({ pointer: '/distinct_id', detail: 'must be equal to identified_id' })
+    }
+  }
+  const values = typeof properties === 'object' && properties !== null ? Object.entries(properties) : []
+  for (const [name, value] of values) {
+    const detail = name.isWellFormed() ? brokenValue(value, 2) : 'has a name with a lone surrogate'
+    if (detail !== undefined) errors.push({ pointer: `/properties/${escapePointer(name)}`, detail })
+  }
+  return errors
+}
+
+/** What is wrong with a property's value that stands at `depth`, or undefined. */
+function brokenValue (value: unknown, depth: number): string | undefined {
+  // 1e999 parses as Infinity, which JSON.stringify would turn into null on the wire.
+  if (typeof value === 'number') return Number.isFinite(value) ? undefined : 'must be a finite number'
+  if (typeof value === 'string') return value.isWellFormed() ? undefined : 'must not contain lone surrogates'
+  if (typeof value !== 'object' || value === null) return undefined
+  if (depth > MAX_DEPTH) return `must not be nested deeper than ${MAX_DEPTH} levels`
+  const entries = Object.entries(value)
+  if (entries.length > MAX_ENTRIES) return `must not hold more than ${MAX_ENTRIES} entries in one object or array`
+  for (const [name, inner] of entries) {
+    const detail = name.isWellFormed() ? brokenValue(inner, depth + 1) : 'must not contain lone surrogates'
+    if (detail !== undefined) return detail
+  }
+  return undefined
+}
+
+/** A property name as a JSON Pointer token (RFC 6901 §3). */
+export function escapePointer (name: string): string {
+  return name.replaceAll('~', '~0').replaceAll('/', '~1')
+}

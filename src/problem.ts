@@ -1,0 +1,110 @@
+import { STATUS_CODES } from 'node:http'
+import { Type } from '@sinclair/typebox'
+import type { FastifyRequest, FastifySchemaValidationError } from 'fastify'
+import { escapePointer, type FieldError } from './identity.ts'
+
+/** The one table of what can go wrong: its HTTP status, whether a repeat may succeed, and a sentence for people. */
+export const PROBLEMS = {
+  invalid_request: { status: 400, retryable: false, detail: 'The request breaks a rule; errors names each broken field.' },
+  forbidden: { status: 403, retryable: false, detail: 'This origin may not identify anyone here.' },
+  not_found: { status: 404, retryable: false, detail: 'There is nothing at this path.' },
+  method_not_allowed: { status: 405, retryable: false, detail: 'This path does not take this method; see Allow.' },
+  body_too_large: { status: 413, retryable: false, detail: 'The body is larger than this path takes.' },
+  unsupported_media_type: {
+    status: 415, retryable: false, detail: 'Send JSON, as application/json or text/plain, without a content encoding.'
+  },
+  refused_by_mixpanel: { status: 422, retryable: false, detail: 'Mixpanel refused the identity and gave no reason.' },
+  too_many_requests: { status: 429, retryable: true, detail: 'You have reached your limit; see Retry-After.' },
+  internal: { status: 500, retryable: false, detail: 'The relay failed. The request id leads to the cause in its log.' },
+  mixpanel_unreachable: { status: 502, retryable: true, detail: 'Mixpanel could not be reached, or failed.' },
+  mixpanel_misanswered: { status: 502, retryable: true, detail: 'What answered did not answer as Mixpanel does.' },
+  mixpanel_rejected_credentials: {
+    status: 502, retryable: false, detail: 'Mixpanel rejected the credentials of this relay: its operator must act.'
+  },
+  mixpanel_rate_limited: { status: 503, retryable: true, detail: 'Mixpanel takes no more for now; see Retry-After.' },
+  overloaded: { status: 503, retryable: true, detail: 'Too many identities are waiting; see Retry-After.' },
+  draining: { status: 503, retryable: true, detail: 'This instance is shutting down; another will take the request.' },
+  mixpanel_timed_out: {
+    status: 504, retryable: true, detail: 'Mixpanel did not answer in time. The outcome is unknown; a repeat is safe.'
+  }
+} as const
+
+export type ProblemCode = keyof typeof PROBLEMS
+
+/** What one answer may add to its code: `retryAfter` is in seconds and becomes a header. */
+export interface Extras { detail?: string | undefined, errors?: FieldError[], retryAfter?: number }
+
+/** How many broken fields one answer lists. */
+const MAX_ERRORS = 100
+
+/** The body of every error answer. */
+export function problemBody (code: ProblemCode, requestId: string, { detail, errors }: Extras = {}) {
+  const { status, retryable, detail: usual } = PROBLEMS[code]
+  return {
+    type: `urn:identify-relay:${code}`,
+    title: STATUS_CODES[status],
+    status,
+    detail: detail ?? usual,
+    code,
+    retryable,
+    request_id: requestId,
+    ...errors && { errors: errors.slice(0, MAX_ERRORS) }
+  }
+}
+
+export const Problem = Type.Object({
+  type: Type.String(),
+  title: Type.String(),
+  status: Type.Integer(),
+  detail: Type.String(),
+  code: Type.String(),
+  retryable: Type.Boolean(),
+  request_id: Type.String(),
+  errors: Type.Optional(Type.Array(Type.Object({ pointer: Type.String(), detail: Type.String() })))
+}, { description: 'RFC 9457. Decide by `code`; `retryable` says whether the same request may succeed later.' })
+
+/** The answers for the OpenAPI document: every status in the table, with an example for each of its codes. */
+export function problemResponses (codes = Object.keys(PROBLEMS) as ProblemCode[]) {
+  const statuses = new Set(codes.map(code => PROBLEMS[code].status))
+  return Object.fromEntries(Array.from(statuses, status => {
+    const here = codes.filter(code => PROBLEMS[code].status === status)
+    const examples = Object.fromEntries(here.map(code => [code, {
+      value: problemBody(code, 'req-1', code === 'invalid_request' ? { errors: [{ pointer: '/anon_id', detail: 'is required' }] } : {})
+    }]))
+    return [status, { description: here.join(', '), content: { 'application/problem+json': { schema: Problem, examples } } }]
+  }))
+}
+
+/** An error as Ajv gives it with `verbose`. */
+interface SchemaError extends FastifySchemaValidationError {
+  propertyName?: string
+  parentSchema?: { description?: string }
+}
+
+/** The errors that a schema (`found`) and other rules (`more`) name, one for each pointer, the schema's first. */
+export function fieldErrors (found: FastifyRequest['validationError'], more: readonly FieldError[] = []): FieldError[] {
+  const details = new Map<string, string>()
+  const named = (found?.validation as SchemaError[] | undefined ?? []).flatMap(fieldError)
+    // A pointer leads into the body; what is wrong with the query can only be told.
+    .map((error): FieldError => found?.validationContext === 'querystring'
+      ? { pointer: '', detail: `query parameter ${error.pointer.slice(1)} ${error.detail}` }
+      : error)
+  for (const { pointer, detail } of [...named, ...more]) {
+    details.set(pointer, details.has(pointer) ? `${details.get(pointer)}; ${detail}` : detail)
+  }
+  return Array.from(details, ([pointer, detail]) => ({ pointer, detail }))
+}
+
+function fieldError ({ keyword, instancePath, params, message = '', propertyName, parentSchema }: SchemaError): FieldError[] {
+  // Ajv reports a bad property name twice; the other error knows the rule.
+  if (keyword === 'propertyNames') return []
+  const name = params.missingProperty ?? params.additionalProperty ?? propertyName
+  const pointer = name === undefined ? instancePath : `${instancePath}/${escapePointer(String(name))}`
+  const detail = {
+    required: 'is required',
+    additionalProperties: 'is not a known field',
+    pattern: parentSchema?.description,
+    not: parentSchema?.description
+  }[keyword] ?? message.replace('NOT', 'not')
+  return [{ pointer, detail }]
+}

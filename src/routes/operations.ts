@@ -1,0 +1,29 @@
+import { Type, type FastifyPluginAsyncTypebox } from '@fastify/type-provider-typebox'
+import type { Relay } from '../relay.ts'
+
+const Health = Type.Object({
+  status: Type.String({ examples: ['ready'] }),
+  parts: Type.Optional(Type.Record(Type.String(), Type.Unknown()))
+})
+
+const quietly = { quiet: true }
+
+/** For orchestrators and for people. Readiness says nothing of Mixpanel: to bypass or restart a relay heals no outage. */
+export const operations: FastifyPluginAsyncTypebox<{ relay: Relay }> = async (app, { relay }) => {
+  /** `?verbose` shows the parts. */
+  const health = (status: string, query: object) => 'verbose' in query ? { status, parts: relay.state() } : { status }
+  const schema = (operationId: string, summary: string) => ({
+    operationId, summary, querystring: Type.Object({ verbose: Type.Optional(Type.String()) }), response: { 200: Health }
+  })
+
+  for (const name of ['livez', 'healthz']) {
+    app.get(`/${name}`, { config: quietly, schema: schema(name, 'Is the process alive?') },
+      async ({ query }) => health('alive', query))
+  }
+
+  const ready = schema('readyz', 'May it be sent requests? Not from the moment of SIGTERM.')
+  app.get('/readyz', { config: quietly, schema: { ...ready, response: { 200: Health, 503: Health } } },
+    async ({ query }, reply) => app.isDraining()
+      ? reply.code(503).send(health('draining', query))
+      : health('ready', query))
+}

@@ -1,0 +1,118 @@
+import { setTimeout as sleep } from 'node:timers/promises'
+import { gunzipSync } from 'node:zlib'
+import Fastify, { type FastifyError, type FastifyReply, type FastifyRequest } from 'fastify'
+import { createEndpoints, TOO_LARGE, type Answer, type EndpointOptions, type Params } from './endpoints.ts'
+import { createFaultScript, FAULTS, type Fault } from './faults.ts'
+import { createLedger, type LedgerOptions } from './ledger.ts'
+
+/** A request as it came on one of Mixpanel's paths, for tests to look at. */
+export interface Received { method: string, url: string, headers: FastifyRequest['headers'], body: string }
+
+export type Sandbox = ReturnType<typeof createSandbox>
+
+/**
+ * A stand-in for Mixpanel. What is known of `/track` and `/import` is in endpoints and ledger; the ledger and the fault
+ * script are also on `/__sandbox`, never on one of Mixpanel's paths. Not yet listening; the caller closes `app`.
+ */
+export function createSandbox (options: EndpointOptions & LedgerOptions = {}) {
+  const ledger = createLedger(options)
+  const endpoints = createEndpoints(options, ledger)
+  const faults = createFaultScript()
+  const requests: Received[] = []
+  const app = Fastify({
+    bodyLimit: 10 * 1024 * 1024, forceCloseConnections: true, routerOptions: { ignoreTrailingSlash: true }
+  })
+
+  /** Lets the next fault have its way with the request, or answers as Mixpanel would. */
+  async function answer (request: FastifyRequest, reply: FastifyReply, respond: () => Answer) {
+    const { method, url, headers, body } = request
+    requests.push({ method, url, headers, body: String(body ?? '') })
+    const fault = faults.next()
+    if (fault?.retry_after !== undefined) reply.header('retry-after', fault.retry_after)
+    if (fault !== undefined && fault.name in FAULTS) {
+      FAULTS[fault.name as keyof typeof FAULTS](reply)
+      return reply
+    }
+    if (fault?.name === 'wait') await sleep(fault.ms)
+    if (fault?.name === 'reset_after') request.raw.socket.resetAndDestroy()
+    if (fault?.name === 'close_idle') reply.raw.on('finish', () => setTimeout(() => request.raw.socket.destroy(), 20))
+    return send(reply, respond())
+  }
+
+  app.addHook('onRequest', async (request, reply) => {
+    // A fragment belongs to the documentation's address, not on the wire: a client that sends it shall notice.
+    if (/#|%23/.test(request.url)) return reply.code(404).send({ error: 'a fragment was sent', status: 0 })
+  })
+  app.setErrorHandler<FastifyError>((error, request, reply) => error.statusCode === 413
+    ? send(reply, TOO_LARGE)
+    : reply.code(error.statusCode ?? 500).send({ error: error.message, status: 0 }))
+  app.removeAllContentTypeParsers()
+  app.addContentTypeParser('*', { parseAs: 'buffer' }, async (request: FastifyRequest, body: Buffer) => {
+    if (request.headers['content-encoding'] !== 'gzip') return body
+    try {
+      return gunzipSync(body)
+    } catch {
+      throw Object.assign(new Error('bad gzip'), { statusCode: 400 })
+    }
+  })
+
+  app.get('/', async () => ({ error: 'Welcome. Get started with our API by visiting https://developer.mixpanel.com/' }))
+  app.route({
+    method: ['GET', 'POST'],
+    url: '/track',
+    handler: (request, reply) => answer(request, reply, () => {
+      const body = String(request.body ?? '')
+      const query = request.query as Params
+      if (request.headers['content-type']?.startsWith('application/json')) return endpoints.track(query, parse(body))
+      const params: Params = { ...query, ...Object.fromEntries(new URLSearchParams(body)) }
+      return endpoints.track(params, params.data ? parseData(params.data) : undefined)
+    })
+  })
+  app.post('/import', (request, reply) => answer(request, reply, () => {
+    const credentials = Buffer.from(request.headers.authorization?.replace(/^Basic /, '') ?? '', 'base64').toString()
+    return endpoints.import(request.query as Params, credentials, parseLines(String(request.body)))
+  }))
+  for (const url of ['/track', '/import']) {
+    app.options(url, async (request, reply) => reply.code(204).header('access-control-allow-origin', '*').send())
+  }
+  app.setNotFoundHandler(async ({ url }, reply) =>
+    reply.code(/^\/(track|import)\b/.test(url) ? 405 : 404).send({ error: 'not here', status: 0 }))
+
+  app.get('/__sandbox/livez', async () => ({ status: 'alive' }))
+  app.get('/__sandbox/events', async () => ({ events: ledger.rows(), deduplicated: ledger.deduplicated().length }))
+  app.post('/__sandbox/faults', async (request, reply) => {
+    faults.add(...parse(String(request.body)) as Fault[])
+    return reply.code(204).send()
+  })
+  app.delete('/__sandbox', async (request, reply) => {
+    ledger.clear()
+    faults.clear()
+    return reply.code(204).send()
+  })
+
+  return { app, ledger, faults, requests }
+}
+
+function send (reply: FastifyReply, { status, body, type, location }: Answer): FastifyReply {
+  if (location !== undefined) reply.header('location', location)
+  if (type !== undefined || typeof body === 'string') reply.type(type ?? 'text/plain')
+  return reply.code(status).send(body)
+}
+
+/** K2: plain JSON, or base64 in which a form parser may have turned `+` into a space; null when it is neither. */
+function parseData (data: string): unknown {
+  return parse(/^\s*[[{]/.test(data) ? data : Buffer.from(data.replaceAll(' ', '+'), 'base64').toString())
+}
+
+/** `/import` takes an array, or an event a line. */
+function parseLines (body: string): unknown {
+  return /^\s*\[/.test(body) ? parse(body) : body.trim().split('\n').map(parse)
+}
+
+function parse (text: string): unknown {
+  try {
+    return JSON.parse(text)
+  } catch {
+    return null
+  }
+}

@@ -1,0 +1,61 @@
+import { randomUUID } from 'node:crypto'
+import { pino } from 'pino'
+import { buildApp } from '../app.ts'
+import { readConfig } from '../config.ts'
+import { createMixpanel } from '../mixpanel.ts'
+import { createRelay } from '../relay.ts'
+import { createSandbox } from './app.ts'
+
+/** The relay before a stand-in for Mixpanel, in one process: some identities to look at, then yours. */
+const sandbox = createSandbox()
+const sandboxUrl = await sandbox.app.listen({ host: '127.0.0.1', port: 0 })
+const port = process.env.PORT || '8080'
+const config = readConfig({
+  MIXPANEL_TOKEN: 'sandbox-token',
+  MIXPANEL_URL: sandboxUrl,
+  PORT: port,
+  CORS_ORIGINS: `http://127.0.0.1:${port},http://localhost:${port}`
+}, () => '')
+const logger = pino({ level: 'error' })
+const relay = createRelay(config, createMixpanel(config), logger)
+const app = await buildApp(config, { relay, logger })
+const url = await app.listen({ host: config.HOST, port: config.PORT }).catch(async (error: Error) => {
+  console.error(`${error.message}\nTry another one: PORT=18080 npm run demo`)
+  return process.exit(1)
+})
+for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => Promise.all([app.close(), sandbox.app.close()]))
+
+const phone = randomUUID()
+const shows = [
+  { what: 'a user signs in on the phone', identity: { identified_id: 'user-42', anon_id: phone } },
+  { what: 'and on the web ($device: id)', identity: { identified_id: 'user-42', anon_id: `$device:${randomUUID()}` } },
+  { what: 'the same phone again', identity: { identified_id: 'user-42', anon_id: phone } },
+  { what: 'another user claims that phone', identity: { identified_id: 'user-43', anon_id: phone } },
+  { what: 'one that Mixpanel answers 0', identity: { identified_id: 'user-44', anon_id: randomUUID() }, refused: true },
+  { what: 'junk: a front end sent "null"', identity: { identified_id: 'null', anon_id: randomUUID() } },
+  { what: 'junk: no UUID, and a token', identity: { identified_id: 'user-45', anon_id: '12345', token: 'x' } }
+]
+
+console.log(`relay ${url}, before a stand-in for Mixpanel on ${sandboxUrl}\n`)
+console.log(`${'what happens'.padEnd(31)} ${'the caller got'.padEnd(47)} Mixpanel's ledger says`)
+for (const { what, identity, refused } of shows) {
+  const before = sandbox.ledger.rows().length
+  // Twice: the relay asks once more, to learn the reason.
+  if (refused) sandbox.faults.add({ name: 'refused', times: 2 })
+  const answer = await fetch(`${url}/identify`, {
+    method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify(identity)
+  })
+  const { status, code, detail, errors } = await answer.json() as Record<string, string> & { errors?: { pointer: string }[] }
+  const got = code === undefined ? status : `${code}: ${errors?.map(error => error.pointer).join(' ') ?? detail}`
+  const row = sandbox.ledger.rows()[before]
+  const ledger = row?.outcome ?? (refused ? 'nothing: it was refused' : 'nothing: it was never sent')
+  console.log(`${what.padEnd(31)} ${`${answer.status} ${got}`.padEnd(47)} ${ledger}`)
+}
+console.log(`
+"accepted" is what Mixpanel said; whether it merged, only its ledger knows. Now yours:
+
+  curl -i ${url}/identify -H 'content-type: application/json' \\
+    -d '{"identified_id":"you","anon_id":"${randomUUID()}"}'
+
+What Mixpanel got: ${sandboxUrl}/__sandbox/events   To read and try: ${url}/docs   Ctrl-C ends it.`)
+logger.level = 'info'

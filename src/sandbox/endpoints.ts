@@ -1,0 +1,117 @@
+import type { createLedger, MixpanelEvent, Mode } from './ledger.ts'
+import { failedRecords } from './records.ts'
+
+export interface EndpointOptions {
+  mode?: Mode
+  /** The project's token and, for `/import`, its id and service accounts as `user:secret`. */
+  token?: string
+  projectId?: string
+  serviceAccounts?: string[]
+  /** Tokens of projects in another region: taken with a `1` and lost. */
+  foreignTokens?: string[]
+  /** What `1` means for an array; Mixpanel documents it both ways. */
+  arrayAnswer?: 'all' | 'any'
+  /** Seconds since the epoch. */
+  clock?: () => number
+}
+
+/** Query parameters, and for `/track` those of the form as well. */
+export type Params = Record<string, string | undefined>
+
+/** What goes back: an object as JSON, a string as plain text unless `type` says otherwise. */
+export interface Answer { status: number, body: object | string, type?: string, location?: string }
+
+const MAX_RECORDS = 2000
+const FIVE_DAYS = 5 * 24 * 3600
+const SIMPLIFIED = 'identity events are not allowed when project is using simplified identity management'
+const PIXEL = Buffer.from('R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7', 'base64')
+
+export const TOO_LARGE = failure(413, 'request exceeds max limit of 2097152 bytes', 'Request Entity Too Large')
+
+/** `/track` and `/import` as far as they are known: what they answer, and what of it reaches the ledger. */
+export function createEndpoints (options: EndpointOptions, ledger: ReturnType<typeof createLedger>) {
+  const { token = 'sandbox-token', projectId = '1', serviceAccounts = [], foreignTokens = [], arrayAnswer = 'all' } = options
+  const clock = options.clock ?? (() => Math.floor(Date.now() / 1000))
+
+  function store (endpoint: 'track' | 'import', event: MixpanelEvent, given: unknown): void {
+    const properties = Object(event.properties) as Record<string, unknown>
+    if (foreignTokens.includes(String(given))) return ledger.add(endpoint, event, 'wrong_region')
+    if (given !== token) return ledger.add(endpoint, event, 'unknown_token')
+    if (properties.$ignore) return ledger.add(endpoint, event, 'ignored')
+    // K11: what is missing is taken from $identified_id.
+    const id = properties.distinct_id ?? (event.event === '$identify' ? properties.$identified_id : undefined)
+    ledger.add(endpoint, { ...event, properties: { ...properties, distinct_id: id } })
+  }
+
+  /** strict=1: the good ones are stored, the bad ones named. */
+  function strictly (endpoint: 'track' | 'import', events: MixpanelEvent[], tokenOf: (event: MixpanelEvent) => unknown): Answer {
+    const failed = failedRecords(events, clock())
+    const bad = new Set(failed.map(({ index }) => index))
+    events.forEach((event, index) => bad.has(index) || store(endpoint, event, tokenOf(event)))
+    const imported = events.length - failed.length
+    return failed.length > 0
+      ? refusal(failed, imported)
+      : { status: 200, body: { code: 200, num_records_imported: imported, status: 'OK' } }
+  }
+
+  return {
+    /** `data` is the parsed body or form field: anything, null where it was no JSON, undefined where there was none. */
+    track (params: Params, data: unknown): Answer {
+      const events = (Array.isArray(data) ? data : [data]) as MixpanelEvent[]
+      if (data === undefined || events.length === 0) return plain(params, 'data, missing or empty')
+      if (events.some(event => typeof event !== 'object' || event === null)) return plain(params, 'data, invalid')
+      if (events.length > MAX_RECORDS) return TOO_LARGE
+      // K16, an assumption: no answer of `/track` to strict=1 is on record; it is taken to be that of `/import`.
+      if (params.strict === '1') return strictly('track', events, event => event.properties?.token)
+      const reasons = events.map(event => trackFault(event, clock()))
+      events.forEach((event, index) => reasons[index] === undefined && store('track', event, event.properties?.token))
+      const bad = reasons.filter(reason => reason !== undefined)
+      return plain(params, arrayAnswer === 'any' && bad.length < events.length ? undefined : bad[0])
+    },
+
+    /** `credentials` are those of Basic auth, `user:secret`; `events` is the parsed body. */
+    import (params: Params, credentials: string, events: unknown): Answer {
+      const isAccount = serviceAccounts.includes(credentials) && params.project_id === projectId
+      if (!isAccount && credentials !== `${token}:`) return failure(401, 'Invalid credentials', 'Unauthorized')
+      if (!Array.isArray(events)) return failure(400, 'request body is not a list', 'Bad Request')
+      if (events.length > MAX_RECORDS) return TOO_LARGE
+      if (params.strict === '0') {
+        const isEmpty = events.every(event => Object.keys(Object(event)).length === 0)
+        if (!isEmpty) events.forEach(event => store('import', event, token))
+        return plain(params, isEmpty ? 'data, missing or empty' : undefined)
+      }
+      const isVerb = ({ event }: MixpanelEvent) => ['$identify', '$create_alias', '$merge'].includes(String(event))
+      if (options.mode === 'simplified' && events.some(isVerb)) return refusal([SIMPLIFIED], 0)
+      return strictly('import', events, () => token)
+    }
+  }
+}
+
+/** K3–K10: why `/track` refuses a record, or undefined. Texts that nobody has recorded are assumptions. */
+function trackFault ({ event, properties }: MixpanelEvent, now: number): string | undefined {
+  const { token, time, distinct_id: id } = Object(properties) as Record<string, unknown>
+  if (event === undefined && properties === undefined) return 'data, missing or empty'
+  if (event === undefined || event === '') return 'event, missing'
+  if (token === undefined || token === '') return 'token, missing or empty'
+  if (event === '$identify' && id === '') return 'distinct_id, missing or empty'
+  const seconds = typeof time === 'number' && time > 1e11 ? time / 1000 : time
+  return typeof seconds === 'number' && seconds < now - FIVE_DAYS ? 'time, too old' : undefined
+}
+
+/** K18: always 200, with `1` or `0` as text, or with `verbose=1` as JSON. */
+function plain ({ verbose, img, callback, redirect }: Params, error?: string): Answer {
+  const word = error === undefined ? 1 : 0
+  if (redirect !== undefined) return { status: 302, body: '', location: redirect }
+  if (img === '1') return { status: 200, body: PIXEL, type: 'image/gif' }
+  if (callback !== undefined) return { status: 200, body: `${callback}(${word})`, type: 'text/javascript' }
+  return { status: 200, body: verbose === '1' ? { error: error ?? null, status: word } : String(word) }
+}
+
+function failure (code: number, error: string, status: string): Answer {
+  return { status: code, body: { code, error, status } }
+}
+
+function refusal (failed: unknown[], imported: number): Answer {
+  const { status, body } = failure(400, 'some data points in the request failed validation', 'Bad Request')
+  return { status, body: { ...body as object, failed_records: failed, num_records_imported: imported } }
+}
