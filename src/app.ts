@@ -1,12 +1,13 @@
 import { isUtf8 } from 'node:buffer'
 import swagger from '@fastify/swagger'
-import Fastify, { LogController, type FastifyBaseLogger, type FastifyInstance, type FastifyRequest, type HTTPMethods } from 'fastify'
+import Fastify, { LogController, type FastifyBaseLogger, type FastifyInstance, type FastifyRequest } from 'fastify'
 import type { Config } from './config.ts'
 import { draining } from './plugins/draining.ts'
 import { limits } from './plugins/limits.ts'
 import { origins } from './plugins/origins.ts'
-import { answerClientError, answerError, problems } from './plugins/problems.ts'
+import { answerBadUrl, answerClientError, problems } from './plugins/problems.ts'
 import { requestId, requests } from './plugins/requests.ts'
+import { Problem } from './problem.ts'
 import type { Relay } from './relay.ts'
 import { docs } from './routes/docs.ts'
 import { identify } from './routes/identify.ts'
@@ -41,12 +42,13 @@ export async function buildApp (config: Config, { relay, logger }: { relay: Rela
     bodyLimit: BODY_LIMIT,
     requestTimeout: REQUEST_TIMEOUT_MS,
     keepAliveTimeout: KEEP_ALIVE_MS,
-    // Node looks for late requests every 30 s, and swaps the two timeouts when this one is the longer.
-    http: { headersTimeout: REQUEST_TIMEOUT_MS, connectionsCheckingInterval: 500 },
+    // Node looks for late requests every 30 s, and swaps the two timeouts when this one is the longer. It would answer
+    // a missing Host by itself, without a problem; plugins/requests does.
+    http: { headersTimeout: REQUEST_TIMEOUT_MS, connectionsCheckingInterval: 500, requireHostHeader: false },
     // plugins/draining answers instead, with a problem.
     return503OnClosing: false,
     clientErrorHandler: answerClientError,
-    frameworkErrors: answerError as never,
+    frameworkErrors: answerBadUrl,
     ajv: {
       // Refuse, never coerce or drop; `verbose` leads from an error to the description of the rule.
       customOptions: { coerceTypes: false, removeAdditional: false, useDefaults: false, allErrors: true, verbose: true }
@@ -59,9 +61,11 @@ export async function buildApp (config: Config, { relay, logger }: { relay: Rela
   await app.register(draining)
   await app.register(origins, { config })
   await app.register(limits, { config })
-  await app.register(swagger, { openapi: about })
+  await app.register(swagger, { openapi: about, refResolver: { buildLocalReference: schema => String(schema.$id) } })
+  app.addSchema(Problem)
   app.setNotFoundHandler({ preHandler: app.rateLimit() }, async (request, reply) => {
-    const allowed = (['GET', 'HEAD', 'POST'] as HTTPMethods[]).filter(method => app.hasRoute({ method, url: pathOf(request) }))
+    const url = request.url.split('?')[0] as string
+    const allowed = (['GET', 'HEAD', 'POST'] as const).filter(method => app.hasRoute({ method, url }))
     return allowed.length === 0
       ? reply.problem('not_found')
       : reply.header('allow', allowed.join(', ')).problem('method_not_allowed')
@@ -84,8 +88,6 @@ const about = {
     description: 'Takes two ids, adds the project token, and tells the truth about what Mixpanel said.'
   }
 }
-
-const pathOf = (request: FastifyRequest) => request.url.split('?')[0] as string
 
 /** JSON in UTF-8: Node would read other bytes as U+FFFD, and two users' ids could become one. */
 function parseJson (app: FastifyInstance) {

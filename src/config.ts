@@ -4,7 +4,7 @@ import { Value } from '@sinclair/typebox/value'
 
 type Env = Record<string, string | undefined>
 
-/** Thrown by `readConfig`. `message` holds one sentence for every mistake, a line each, and no value of any variable. */
+/** Thrown by `readConfig`. `message` has a line with one sentence for every mistake, and no value of any variable. */
 export class ConfigError extends Error {}
 
 FormatRegistry.Set('base-url', text => {
@@ -27,9 +27,9 @@ FormatRegistry.Set('network', text => {
 const integer = (minimum: number, maximum: number, byDefault: number) => Type.Integer({
   minimum, maximum, default: byDefault, rule: `must be an integer from ${minimum} to ${maximum}`
 })
-const oneOf = <const T extends string>(values: T[], byDefault: T) => Type.Union(values.map(value => Type.Literal(value)), {
-  default: byDefault, rule: `must be one of ${values.join(', ')}`
-})
+const oneOf = <const T extends string>(values: T[], byDefault: T) => Type.Union(
+  values.map(value => Type.Literal(value)), { default: byDefault, rule: `must be one of ${values.join(', ')}` }
+)
 const list = (format: string, rule: string) => Type.Array(Type.String({ format, rule }), { default: [], rule })
 const flag = () => Type.Boolean({ default: false, rule: 'must be true or false' })
 const secret = (pattern: string, rule: string) => Type.String({ pattern, rule, secret: true })
@@ -79,12 +79,13 @@ export function readConfig (env: Env, readFile: (path: string) => string): Confi
   const mistakes = new Map<string, string>()
   const found: Record<string, unknown> = {}
   for (const [name, schema] of Object.entries<TSchema>(Environment.properties)) {
-    const raw = schema.secret === true && env[`${name}_FILE`] ? secretFromFile(name, env, readFile, mistakes) : env[name]
+    const isFile = schema.secret === true && Boolean(env[`${name}_FILE`])
+    const raw = isFile ? secretFromFile(name, env, readFile, mistakes) : env[name]
     if (raw) found[name] = decode(schema, raw)
   }
   const config = Value.Default(Environment, found) as Config
   for (const { path, schema, value } of Value.Errors(Environment, config)) {
-    const name = path.split('/')[1] ?? ''
+    const name = path.split('/')[1] as string
     if (!mistakes.has(name)) mistakes.set(name, `${name} ${value === undefined ? 'is required' : schema.rule}.`)
   }
   const sentences = [...mistakes.values(), ...contradictions(config, env)]

@@ -5,15 +5,16 @@ export interface FieldError { pointer: string, detail: string }
 
 /** Event properties that belong to Mixpanel or to the relay; `mp_*` is reserved as well. */
 const RESERVED_NAMES = [
-  'token', 'ip', 'time', '$time', 'distinct_id', '$distinct_id', '$device_id', '$user_id', '$insert_id',
-  '$identified_id', '$anon_id', '$anon_distinct_id', '$distinct_ids', 'alias', '$event_name', 'bucket', '$bucket', '$ignore',
-  '$failure_reason', '$failure_description', '$identity_failure_reason', '$distinct_id_before_identity', '$is_reshuffled'
+  'token', 'ip', 'time', '$time', 'distinct_id', '$distinct_id', '$device_id', '$user_id', '$insert_id', 'alias',
+  '$identified_id', '$anon_id', '$anon_distinct_id', '$distinct_ids', '$event_name', 'bucket', '$bucket', '$ignore',
+  '$failure_reason', '$failure_description', '$identity_failure_reason', '$distinct_id_before_identity',
+  '$is_reshuffled'
 ]
 
 /** Values that Mixpanel treats as no id at all, and the one that JavaScript makes of `String({})`. */
 const JUNK_IDS = new Set([
-  '00000000-0000-0000-0000-000000000000', 'anon', 'anonymous', 'nil', 'none', 'null', 'n/a', 'na', 'undefined', 'unknown',
-  '<nil>', '0', '-1', 'true', 'false', '[]', '{}', '[object object]'
+  '00000000-0000-0000-0000-000000000000', 'anon', 'anonymous', 'nil', 'none', 'null', 'n/a', 'na', 'undefined',
+  'unknown', '<nil>', '0', '-1', 'true', 'false', '[]', '{}', '[object object]'
 ])
 
 /** Mixpanel's limits: properties themselves are level 1; an array or a nested object has fewer than 255 entries. */
@@ -30,8 +31,8 @@ const Properties = Type.Unsafe<Record<string, unknown>>({
       { pattern: '^(?!mp_)', description: 'is a reserved name (mp_*)' }
     ]
   },
-  description: `Additional event properties: at most 200, names of at most 255 characters, depth at most ${MAX_DEPTH}, ` +
-    'no reserved names.'
+  description: 'Additional event properties: at most 200, names of at most 255 characters, no reserved names, ' +
+    `depth at most ${MAX_DEPTH}.`
 })
 
 /**
@@ -44,14 +45,13 @@ export const Identity = Type.Object({
     maxLength: 255,
     allOf: [
       { pattern: '^[^\\p{Cc}\\p{Cs}]*$', description: 'must not contain control characters or lone surrogates' },
-      { pattern: '^(?:\\S(?:[^]*\\S)?)?$', description: 'must not begin or end with white space' },
+      { pattern: '^(?:\\S(?:[\\s\\S]*\\S)?)?$', description: 'must not begin or end with white space' },
       { pattern: '^(?!\\$device:)', description: 'must not be an anonymous id ($device:…)' }
     ],
-    description: 'The id you chose for the user. Not a placeholder such as "null" or "anonymous", not equal to anon_id.',
+    description: 'The id you chose for the user. No placeholder such as "null" or "anonymous", not equal to anon_id.',
     examples: ['user-42']
   }),
   anon_id: Type.String({
-    maxLength: 44,
     allOf: [{
       pattern: '^(?:\\$device:)?[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-4[0-9a-fA-F]{3}-[89abAB][0-9a-fA-F]{3}-[0-9a-fA-F]{12}$',
       description: 'must be a UUID v4, with or without the $device: prefix'
@@ -71,7 +71,7 @@ export type Identity = Static<typeof Identity>
  */
 export function brokenRules (body: unknown): FieldError[] {
   if (typeof body !== 'object' || body === null) return []
-  const { identified_id: identified, anon_id: anon, distinct_id: distinct, properties } = body as Record<string, unknown>
+  const { identified_id: identified, anon_id: anon, distinct_id: distinct, properties }: Partial<Identity> = body
   const errors: FieldError[] = []
   if (typeof identified === 'string') {
     if (JUNK_IDS.has(identified.toLowerCase())) {

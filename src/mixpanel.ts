@@ -5,7 +5,10 @@ import type { Identity } from './identity.ts'
 import { interpretBody, interpretError, interpretStatus, type Verdict } from './verdict.ts'
 
 /** A `$identify` event as accepted: without the token, and never changed afterwards, so that a repeat is harmless. */
-export interface IdentifyEvent { event: '$identify', properties: Readonly<Record<string, unknown>> & { $insert_id: string } }
+export interface IdentifyEvent {
+  event: '$identify'
+  properties: Readonly<Record<string, unknown>> & { $insert_id: string }
+}
 
 /** A request to Mixpanel, ready to be sent any number of times. */
 export interface Encoded { path: string, headers: Record<string, string>, body: string }
@@ -26,7 +29,8 @@ export function baseUrl (config: Pick<Config, 'MIXPANEL_URL' | 'MIXPANEL_REGION'
  * The event of an identity accepted at `now` (ms since the epoch). `$insert_id` depends on nothing but the two ids, so
  * that Mixpanel can tell a repeat (docs: at most 36 bytes of [A-Za-z0-9-]).
  */
-export function identifyEvent ({ identified_id: identified, anon_id: anon, properties }: Identity, now: number): IdentifyEvent {
+export function identifyEvent (identity: Identity, now: number): IdentifyEvent {
+  const { identified_id: identified, anon_id: anon, properties } = identity
   // No valid id holds a line feed, so no two pairs join to the same text.
   const digest = hash('sha256', `${anon}\n${identified}`)
   return {

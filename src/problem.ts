@@ -5,7 +5,7 @@ import { escapePointer, type FieldError } from './identity.ts'
 
 /** The one table of what can go wrong: its HTTP status, whether a repeat may succeed, and a sentence for people. */
 export const PROBLEMS = {
-  invalid_request: { status: 400, retryable: false, detail: 'The request breaks a rule; errors names each broken field.' },
+  invalid_request: { status: 400, retryable: false, detail: 'A rule is broken; errors names each broken field.' },
   forbidden: { status: 403, retryable: false, detail: 'This origin may not identify anyone here.' },
   not_found: { status: 404, retryable: false, detail: 'There is nothing at this path.' },
   method_not_allowed: { status: 405, retryable: false, detail: 'This path does not take this method; see Allow.' },
@@ -15,7 +15,7 @@ export const PROBLEMS = {
   },
   refused_by_mixpanel: { status: 422, retryable: false, detail: 'Mixpanel refused the identity and gave no reason.' },
   too_many_requests: { status: 429, retryable: true, detail: 'You have reached your limit; see Retry-After.' },
-  internal: { status: 500, retryable: false, detail: 'The relay failed. The request id leads to the cause in its log.' },
+  internal: { status: 500, retryable: false, detail: 'The relay failed; its log knows the request id.' },
   mixpanel_unreachable: { status: 502, retryable: true, detail: 'Mixpanel could not be reached, or failed.' },
   mixpanel_misanswered: { status: 502, retryable: true, detail: 'What answered did not answer as Mixpanel does.' },
   mixpanel_rejected_credentials: {
@@ -52,6 +52,7 @@ export function problemBody (code: ProblemCode, requestId: string, { detail, err
   }
 }
 
+/** The shape of every error answer, for the OpenAPI document. */
 export const Problem = Type.Object({
   type: Type.String(),
   title: Type.String(),
@@ -61,17 +62,19 @@ export const Problem = Type.Object({
   retryable: Type.Boolean(),
   request_id: Type.String(),
   errors: Type.Optional(Type.Array(Type.Object({ pointer: Type.String(), detail: Type.String() })))
-}, { description: 'RFC 9457. Decide by `code`; `retryable` says whether the same request may succeed later.' })
+}, { $id: 'Problem', description: 'RFC 9457. Decide by `code`; `retryable`: the same request may succeed later.' })
 
 /** The answers for the OpenAPI document: every status in the table, with an example for each of its codes. */
 export function problemResponses (codes = Object.keys(PROBLEMS) as ProblemCode[]) {
   const statuses = new Set(codes.map(code => PROBLEMS[code].status))
   return Object.fromEntries(Array.from(statuses, status => {
     const here = codes.filter(code => PROBLEMS[code].status === status)
-    const examples = Object.fromEntries(here.map(code => [code, {
-      value: problemBody(code, 'req-1', code === 'invalid_request' ? { errors: [{ pointer: '/anon_id', detail: 'is required' }] } : {})
-    }]))
-    return [status, { description: here.join(', '), content: { 'application/problem+json': { schema: Problem, examples } } }]
+    const extras = status === 400 ? { errors: [{ pointer: '/anon_id', detail: 'is required' }] } : {}
+    const examples = Object.fromEntries(here.map(code => [code, { value: problemBody(code, 'req-1', extras) }]))
+    const content = { 'application/problem+json': { schema: Type.Ref('Problem'), examples } }
+    const isLater = status === 429 || status === 503
+    const headers = isLater ? { 'retry-after': { type: 'integer', description: 'seconds' } } : {}
+    return [status, { description: here.join(', '), headers, content }]
   }))
 }
 
@@ -95,7 +98,8 @@ export function fieldErrors (found: FastifyRequest['validationError'], more: rea
   return Array.from(details, ([pointer, detail]) => ({ pointer, detail }))
 }
 
-function fieldError ({ keyword, instancePath, params, message = '', propertyName, parentSchema }: SchemaError): FieldError[] {
+function fieldError (error: SchemaError): FieldError[] {
+  const { keyword, instancePath, params, message = '', propertyName, parentSchema } = error
   // Ajv reports a bad property name twice; the other error knows the rule.
   if (keyword === 'propertyNames') return []
   const name = params.missingProperty ?? params.additionalProperty ?? propertyName

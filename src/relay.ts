@@ -38,9 +38,8 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log) {
       : verdict
   }
 
-  /** A bare `0` may mean anything, a passing fault of Mixpanel's included; asked with `verbose=1` it gives the reason. */
+  /** A bare `0` may mean anything, even a passing fault of Mixpanel's; with `verbose=1` it says which. */
   async function explain (event: IdentifyEvent, refused: Verdict, deadline: number): Promise<Verdict> {
-    if (Date.now() >= deadline) return refused
     const verdict = await attempt(event, { strict: false, verbose: true }, deadline)
     const answered = verdict.code === 'accepted' || verdict.code === 'refused_by_mixpanel' ||
       (verdict.code === 'mixpanel_unreachable' && verdict.cause === 'temporary failure')

@@ -32,19 +32,23 @@ async function serve (config: Config): Promise<void> {
   const { app, logger } = await start(config)
   // Signal 10 would open Node's inspector on loopback, which the neighbours in a pod share.
   process.on('SIGUSR1', () => {})
-  closeWithGrace({ delay: config.SHUTDOWN_DELAY_MS + config.SHUTDOWN_TIMEOUT_MS, logger, skip: ['beforeExit'] }, async ({ signal, err }) => {
+  const delay = config.SHUTDOWN_DELAY_MS + config.SHUTDOWN_TIMEOUT_MS
+  closeWithGrace({ delay, logger, skip: ['beforeExit'] }, async ({ signal, err }) => {
     if (err) logger.fatal({ err }, 'bug')
     else logger.info({ signal }, 'draining')
     app.drain()
     await sleep(config.SHUTDOWN_DELAY_MS)
     await app.close()
   })
-  await app.listen({ host: config.HOST, port: config.PORT })
   const mixpanel = baseUrl(config)
   logger.info({ mixpanel, endpoint: config.MIXPANEL_ENDPOINT }, 'relaying')
   if (isLoopback(config.HOST)) logger.warn('anyone on this machine may identify anyone: no credentials are configured')
   else logger.warn('ALLOW_ANONYMOUS: anyone who reaches this address may identify anyone')
-  if (mixpanel.startsWith('http:') && !isLoopback(new URL(mixpanel).hostname)) logger.warn('MIXPANEL_URL is not https: the token travels in the clear')
+  const { protocol, hostname } = new URL(mixpanel)
+  if (protocol === 'http:' && !isLoopback(hostname.replace(/^\[|\]$/g, ''))) {
+    logger.warn('MIXPANEL_URL is not https: the token travels in the clear')
+  }
+  await app.listen({ host: config.HOST, port: config.PORT })
 }
 
 /** For HEALTHCHECK: exit 0 if the relay that this configuration describes is alive. */

@@ -32,7 +32,8 @@ export function interpretBody (status: number, text: string): Verdict {
   if (reason !== undefined && /temporary failure/i.test(reason)) {
     return { code: 'mixpanel_unreachable', cause: 'temporary failure', again: true }
   }
-  if (status === 400 || reason !== undefined || answer === 0 || word === 0) return { code: 'refused_by_mixpanel', reason }
+  const refused = status === 400 || reason !== undefined || answer === 0 || word === 0
+  if (refused) return { code: 'refused_by_mixpanel', reason }
   if (answer === 1 || word === 1 || code === 200) return { code: 'accepted' }
   return { code: 'mixpanel_misanswered', cause: 'neither 1 nor 0', again: true }
 }

@@ -8,15 +8,26 @@ declare module 'fastify' {
   }
 }
 
-/** The end of a process in two steps: `drain` sends callers elsewhere, `close` refuses the ones who come all the same. */
+/** How long a connection may still take to bring a request that it began before the close. */
+const LAST_REQUEST_MS = 500
+
+/** A process ends in two steps: `drain` sends callers elsewhere, `close` refuses those who come all the same. */
 export const draining = fp(async app => {
   let state: 'serving' | 'draining' | 'closing' = 'serving'
+  let timer: NodeJS.Timeout | undefined
   app.decorate('drain', () => { state = 'draining' })
   app.decorate('isDraining', () => state !== 'serving')
-  app.addHook('preClose', async () => { state = 'closing' })
+  app.addHook('preClose', async () => {
+    state = 'closing'
+    // Node waits for every connection, silent ones included, and looks for late requests no more once it closes.
+    timer = setInterval(() => app.inFlight() === 0 && app.server.closeAllConnections(), LAST_REQUEST_MS)
+  })
+  app.addHook('onClose', async () => clearInterval(timer))
   app.addHook('onRequest', async (request, reply) => {
-    if (state === 'serving') return
-    reply.header('connection', 'close')
     if (state === 'closing' && request.method === 'POST') return reply.problem('draining', { retryAfter: 1 })
+  })
+  // On the answer, not the request: a connection whose request was in flight already would stay open for a minute.
+  app.addHook('onSend', async (request, reply) => {
+    if (state !== 'serving') reply.header('connection', 'close')
   })
 })

@@ -5,7 +5,8 @@ import { fieldErrors, problemResponses } from '../problem.ts'
 import type { Relay } from '../relay.ts'
 import type { Verdict } from '../verdict.ts'
 
-const Flag = (description: string) => Type.Optional(Type.Unsafe<'0' | '1'>({ type: 'string', enum: ['0', '1'], description }))
+const Flag = (description: string) =>
+  Type.Optional(Type.Unsafe<'0' | '1'>({ type: 'string', enum: ['0', '1'], description }))
 
 const Query = Type.Object({
   strict: Flag('`1`: Mixpanel validates the event, and its words come back.'),
@@ -29,6 +30,7 @@ export const identify: FastifyPluginAsyncTypebox<{ relay: Relay }> = async (app,
     schema: {
       operationId: 'identify',
       summary: 'Tell Mixpanel that an anonymous user is this user',
+      consumes: ['application/json', 'text/plain'],
       body: Identity,
       querystring: Query,
       response: { 200: Type.Union([Accepted, Preview]), ...problemResponses() }
@@ -48,6 +50,7 @@ export const identify: FastifyPluginAsyncTypebox<{ relay: Relay }> = async (app,
 function answer (reply: FastifyReply, verdict: Verdict): FastifyReply {
   if (verdict.code === 'accepted') return reply.send({ status: 'accepted' })
   return reply.problem(verdict.code, {
-    ...'reason' in verdict && { detail: verdict.reason }, ...'retryAfter' in verdict && { retryAfter: verdict.retryAfter }
+    ...'reason' in verdict && { detail: verdict.reason },
+    ...'retryAfter' in verdict && { retryAfter: verdict.retryAfter }
   })
 }

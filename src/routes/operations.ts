@@ -4,11 +4,11 @@ import type { Relay } from '../relay.ts'
 const Health = Type.Object({
   status: Type.String({ examples: ['ready'] }),
   parts: Type.Optional(Type.Record(Type.String(), Type.Unknown()))
-})
+}, { description: 'With ?verbose also the parts, for people; Mixpanel among them, which never decides the status.' })
 
 const quietly = { quiet: true }
 
-/** For orchestrators and for people. Readiness says nothing of Mixpanel: to bypass or restart a relay heals no outage. */
+/** For orchestrators. Readiness says nothing of Mixpanel: to bypass or restart a relay heals no outage. */
 export const operations: FastifyPluginAsyncTypebox<{ relay: Relay }> = async (app, { relay }) => {
   /** `?verbose` shows the parts. */
   const health = (status: string, query: object) => 'verbose' in query ? { status, parts: relay.state() } : { status }

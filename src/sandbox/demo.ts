@@ -9,7 +9,7 @@ import { createSandbox } from './app.ts'
 /** The relay before a stand-in for Mixpanel, in one process: some identities to look at, then yours. */
 const sandbox = createSandbox()
 const sandboxUrl = await sandbox.app.listen({ host: '127.0.0.1', port: 0 })
-const port = process.env.PORT || '8080'
+const { PORT: port = '8080' } = process.env
 const config = readConfig({
   MIXPANEL_TOKEN: 'sandbox-token',
   MIXPANEL_URL: sandboxUrl,
@@ -45,7 +45,8 @@ for (const { what, identity, refused } of shows) {
   const answer = await fetch(`${url}/identify`, {
     method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify(identity)
   })
-  const { status, code, detail, errors } = await answer.json() as Record<string, string> & { errors?: { pointer: string }[] }
+  const body = await answer.json() as Record<string, string> & { errors?: { pointer: string }[] }
+  const { status, code, detail, errors } = body
   const got = code === undefined ? status : `${code}: ${errors?.map(error => error.pointer).join(' ') ?? detail}`
   const row = sandbox.ledger.rows()[before]
   const ledger = row?.outcome ?? (refused ? 'nothing: it was refused' : 'nothing: it was never sent')

@@ -30,7 +30,7 @@ export const TOO_LARGE = failure(413, 'request exceeds max limit of 2097152 byte
 
 /** `/track` and `/import` as far as they are known: what they answer, and what of it reaches the ledger. */
 export function createEndpoints (options: EndpointOptions, ledger: ReturnType<typeof createLedger>) {
-  const { token = 'sandbox-token', projectId = '1', serviceAccounts = [], foreignTokens = [], arrayAnswer = 'all' } = options
+  const { token = 'sandbox-token', projectId = '1', serviceAccounts = [], foreignTokens = [] } = options
   const clock = options.clock ?? (() => Math.floor(Date.now() / 1000))
 
   function store (endpoint: 'track' | 'import', event: MixpanelEvent, given: unknown): void {
@@ -44,7 +44,9 @@ export function createEndpoints (options: EndpointOptions, ledger: ReturnType<ty
   }
 
   /** strict=1: the good ones are stored, the bad ones named. */
-  function strictly (endpoint: 'track' | 'import', events: MixpanelEvent[], tokenOf: (event: MixpanelEvent) => unknown): Answer {
+  function strictly (
+    endpoint: 'track' | 'import', events: MixpanelEvent[], tokenOf: (event: MixpanelEvent) => unknown
+  ): Answer {
     const failed = failedRecords(events, clock())
     const bad = new Set(failed.map(({ index }) => index))
     events.forEach((event, index) => bad.has(index) || store(endpoint, event, tokenOf(event)))
@@ -66,7 +68,7 @@ export function createEndpoints (options: EndpointOptions, ledger: ReturnType<ty
       const reasons = events.map(event => trackFault(event, clock()))
       events.forEach((event, index) => reasons[index] === undefined && store('track', event, event.properties?.token))
       const bad = reasons.filter(reason => reason !== undefined)
-      return plain(params, arrayAnswer === 'any' && bad.length < events.length ? undefined : bad[0])
+      return plain(params, options.arrayAnswer === 'any' && bad.length < events.length ? undefined : bad[0])
     },
 
     /** `credentials` are those of Basic auth, `user:secret`; `events` is the parsed body. */

@@ -4,7 +4,9 @@ import type { FastifyReply } from 'fastify'
 /** Every way in which Mixpanel, its edge or the network has been seen to fail. `wait` only delays a good answer. */
 export const FAULTS = {
   rate_limited: answer(429, 'application/json', JSON.stringify({
-    code: 429, error: 'Project exceeded rate limits. Please retry the request with exponential backoff.', status: 'Too Many Requests'
+    code: 429,
+    error: 'Project exceeded rate limits. Please retry the request with exponential backoff.',
+    status: 'Too Many Requests'
   })),
   rate_limited_plain: answer(429, 'application/json', JSON.stringify({
     error: 'Project exceeded rate limits. Please retry the request with exponential backoff.', status: 0
@@ -17,6 +19,9 @@ export const FAULTS = {
   request_timeout: answer(408, 'text/plain', 'Request Timeout'),
   temporary_failure: zero('a temporary failure occurred'),
   refused: zero('event, invalid'),
+  echo (reply: FastifyReply) {
+    reply.send({ error: `refused: ${decodeURIComponent(String(reply.request.body))}\n`, status: 0 })
+  },
   mute_zero: answer(200, 'text/plain', '0'),
   null_body: answer(200, 'application/json', 'null'),
   empty: answer(200, 'text/plain', ''),

@@ -2,13 +2,14 @@
 export type LedgerOutcome =
   | 'stored' | 'ignored' | 'unknown_token' | 'wrong_region' | 'identify_incomplete'
   | 'ignored_simplified' | 'not_applicable'
-  | 'merged' | 'repeat' | 'errSameIDs' | 'errAnonDistinctIdNonGUIDForm' | 'errAnonDistinctIdAssignedAlready' | 'errManyIDs'
+  | 'merged' | 'repeat'
+  | 'errSameIDs' | 'errAnonDistinctIdNonGUIDForm' | 'errAnonDistinctIdAssignedAlready' | 'errManyIDs'
 
 export type Mode = 'original' | 'simplified' | 'legacy'
 
 export interface MixpanelEvent { event?: unknown, properties?: Record<string, unknown> }
 
-/** One event that a Mixpanel path took: its properties without the token, strings cut to 255 as Mixpanel stores them. */
+/** An event that one of Mixpanel's paths took: without the token, strings cut to 255 as Mixpanel stores them. */
 export interface Row {
   endpoint: 'track' | 'import'
   event: unknown
@@ -48,13 +49,17 @@ export function createLedger ({ mode = 'original', anonFormat = 'lenient', clust
     if (mode === 'legacy') return { outcome: 'not_applicable' }
     // Assumption: Mixpanel's real answer to an incomplete $identify is unknown.
     if (typeof identified !== 'string' || typeof anon !== 'string') return { outcome: 'identify_incomplete' }
-    if (anon === identified) return failure('errSameIDs', `Identified and anon ID are same in the identify request ${anon}`)
+    if (anon === identified) {
+      return failure('errSameIDs', `Identified and anon ID are same in the identify request ${anon}`)
+    }
     if (!ANON_FORMATS[anonFormat].test(anon)) {
       return failure('errAnonDistinctIdNonGUIDForm', `$anon_distinct_id didn't match expected GUID pattern: ${anon}`)
     }
     const claimed = owner.get(anon)
     if (claimed === identified) return { outcome: 'repeat' }
-    if (claimed !== undefined) return failure('errAnonDistinctIdAssignedAlready', `$anon_distinct_id already identified: ${anon}`)
+    if (claimed !== undefined) {
+      return failure('errAnonDistinctIdAssignedAlready', `$anon_distinct_id already identified: ${anon}`)
+    }
     const [one, other] = [root(anon), root(identified)]
     const members = one === other ? 0 : (size.get(one) ?? 1) + (size.get(other) ?? 1)
     if (members > clusterMax) {
@@ -73,7 +78,9 @@ export function createLedger ({ mode = 'original', anonFormat = 'lenient', clust
       const { token, ...visible } = properties
       const stored = Object.fromEntries(Object.entries(visible)
         .map(([name, value]) => [name, typeof value === 'string' ? value.slice(0, 255) : value]))
-      const found = outcome !== undefined ? { outcome } : event === '$identify' ? identify(visible) : { outcome: 'stored' as const }
+      const found = outcome !== undefined
+        ? { outcome }
+        : event === '$identify' ? identify(visible) : { outcome: 'stored' as const }
       rows.push({ endpoint, event, properties: stored, ...found })
     },
     /** Every row as it came. */

@@ -4,8 +4,8 @@ import type { MixpanelEvent } from './ledger.ts'
 export interface FailedRecord { index: number, insert_id: unknown, field: string, message: string }
 
 const INVALID_IDS = new Set([
-  '00000000-0000-0000-0000-000000000000', 'anon', 'anonymous', 'nil', 'none', 'null', 'n/a', 'na', 'undefined', 'unknown',
-  '<nil>', '0', '-1', 'true', 'false', '[]', '{}'
+  '00000000-0000-0000-0000-000000000000', 'anon', 'anonymous', 'nil', 'none', 'null', 'n/a', 'na', 'undefined',
+  'unknown', '<nil>', '0', '-1', 'true', 'false', '[]', '{}'
 ])
 const YEAR_1971 = 31_536_000
 const HOUR = 3600
@@ -32,18 +32,19 @@ function fault ({ event, properties: given }: MixpanelEvent, now: number): [stri
   }
   if (seconds > now + HOUR) return ['properties.time', "'properties.time' is invalid: must not be in the future"]
   if (id === undefined) return ['properties.distinct_id', "'properties.distinct_id' is invalid: must not be missing"]
-  if (isInvalidId(id)) return ['properties.distinct_id', "'properties.distinct_id' is invalid: must not be an invalid id"]
+  if (isInvalidId(id)) return ['properties.distinct_id', "'properties.distinct_id' is invalid: invalid id"]
   if (insertId === undefined) return ['$insert_id', "'$insert_id' is invalid: must not be missing"]
-  if (typeof insertId !== 'string' || insertId.length > 36 || isInvalidId(insertId) || !/^[A-Za-z0-9-]+$/.test(insertId)) {
+  if (typeof insertId !== 'string' || isInvalidId(insertId) || !/^[A-Za-z0-9-]{1,36}$/.test(insertId)) {
     return ['$insert_id', "'$insert_id' is invalid: must only contain alphanumeric or hyphen '-' characters"]
   }
   // Assumption: what Mixpanel says of too many properties and too deep ones has not been seen.
-  if (Object.keys(properties).length >= 255) return ['properties', 'properties is invalid: must have fewer than 255 keys']
   return nestedFault(properties, 'properties', 1)
 }
 
 function nestedFault (value: unknown, field: string, depth: number): [string, string] | undefined {
-  if (typeof value === 'string' && !value.isWellFormed()) return [field, `${field} is invalid: string should be valid utf8`]
+  if (typeof value === 'string' && !value.isWellFormed()) {
+    return [field, `${field} is invalid: string should be valid utf8`]
+  }
   if (typeof value !== 'object' || value === null) return undefined
   if (depth > 4) return [field, `${field} is invalid: must not be nested deeper than 3 levels`]
   const entries = Object.entries(value)

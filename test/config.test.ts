@@ -1,0 +1,102 @@
+import { readFileSync } from 'node:fs'
+import { t } from 'tap'
+import { ConfigError, Environment, isLoopback, readConfig, SECRETS } from '../src/config.ts'
+
+const good = { MIXPANEL_TOKEN: 'CANARY-SECRET' }
+const read = (env: Record<string, string | undefined>, files: Record<string, string> = {}) => readConfig(env, path => {
+  if (files[path] === undefined) throw Object.assign(new Error('no such file'), { code: 'ENOENT' })
+  return files[path]
+})
+const mistakes = (env: Record<string, string | undefined>, files = {}) => {
+  try {
+    read(env, files)
+    return []
+  } catch (error) {
+    if (!(error instanceof ConfigError)) throw error
+    return error.message.split('\n')
+  }
+}
+
+t.test('the defaults', async t => {
+  const config = read({ ...good, PORT: '', CORS_ORIGINS: '', MIXPANEL_URL: '' })
+  t.match(config, {
+    MIXPANEL_TOKEN: 'CANARY-SECRET',
+    MIXPANEL_REGION: 'us',
+    MIXPANEL_ENDPOINT: 'track',
+    MIXPANEL_TIMEOUT_MS: 5000,
+    DEADLINE_MS: 10_000,
+    MAX_BATCH: 50,
+    MAX_IN_FLIGHT: 5000,
+    HOST: '127.0.0.1',
+    PORT: 8080,
+    TRUST_PROXY: [],
+    CORS_ORIGINS: [],
+    ALLOW_ANONYMOUS: false,
+    RATE_LIMIT_MAX: 600,
+    OUTBOX: 'off',
+    SHUTDOWN_DELAY_MS: 0
+  })
+  t.ok(Object.isFrozen(config))
+  t.notOk('MIXPANEL_URL' in config)
+})
+
+t.test('lists, numbers, flags, files', async t => {
+  t.match(read({ ...good, CORS_ORIGINS: ' https://a.example , http://localhost:3000', TRUST_PROXY: '10.0.0.0/8,::1,2001:db8::/32' }), {
+    CORS_ORIGINS: ['https://a.example', 'http://localhost:3000'], TRUST_PROXY: ['10.0.0.0/8', '::1', '2001:db8::/32']
+  })
+  t.equal(read({ ...good, ALLOW_ANONYMOUS: 'false' }).ALLOW_ANONYMOUS, false)
+  t.match(read({ ...good, HOST: '0.0.0.0', ALLOW_ANONYMOUS: 'true', PORT: '0' }), { HOST: '0.0.0.0', ALLOW_ANONYMOUS: true, PORT: 0 })
+  t.equal(read({ MIXPANEL_TOKEN_FILE: '/run/token' }, { '/run/token': 'from-file\n' }).MIXPANEL_TOKEN, 'from-file')
+  for (const host of ['127.0.0.1', '127.8.8.8', '::1', 'localhost']) t.ok(isLoopback(host))
+  for (const host of ['0.0.0.0', '::', '10.0.0.1', '127.evil.test', 'example.com']) t.notOk(isLoopback(host))
+})
+
+t.test('every mistake is one sentence, all of them at once, and no value is told', async t => {
+  const rows: [env: Record<string, string>, sentence: RegExp][] = [
+    [{ MIXPANEL_TOKEN: '' }, /^MIXPANEL_TOKEN is required\.$/],
+    [{ MIXPANEL_TOKEN: 'two words' }, /^MIXPANEL_TOKEN must be a project token/],
+    [{ MIXPANEL_TOKEN_FILE: '/run/token' }, /^MIXPANEL_TOKEN and MIXPANEL_TOKEN_FILE must not both be set\.$/],
+    [{ MIXPANEL_TOKEN: '', MIXPANEL_TOKEN_FILE: '/run/none' }, /^MIXPANEL_TOKEN_FILE cannot be read \(ENOENT\)\.$/],
+    [{ MIXPANEL_TOKEN: '', MIXPANEL_TOKEN_FILE: '/run/empty' }, /^MIXPANEL_TOKEN is required\.$/],
+    [{ MIXPANEL_REGION: 'mars' }, /^MIXPANEL_REGION must be one of us, eu, in\.$/],
+    ...['ftp://x', 'x', 'http://u:p@x', 'http://x?a=1', 'http://x#y'].map(url => [{ MIXPANEL_URL: url }, /^MIXPANEL_URL must be/] as [Record<string, string>, RegExp]),
+    [{ MIXPANEL_ENDPOINT: 'engage' }, /^MIXPANEL_ENDPOINT must be one of track, import\.$/],
+    [{ MIXPANEL_STRICT: 'yes' }, /^MIXPANEL_STRICT must be one of 0, 1\.$/],
+    [{ MIXPANEL_SERVICE_ACCOUNT: 'x', MIXPANEL_PROJECT_ID: '1' }, /^MIXPANEL_SERVICE_ACCOUNT must be of the form user:secret\.$/],
+    [{ MIXPANEL_SERVICE_ACCOUNT: 'x:y' }, /must be set together/],
+    [{ MIXPANEL_SERVICE_ACCOUNT: 'x:y', MIXPANEL_PROJECT_ID: 'p' }, /^MIXPANEL_PROJECT_ID must be a number\.$/],
+    ...['-1', '1.5', '1e3', '0x10', ' 5', '65536', 'NaN', '99999999999999999'].map(port => [{ PORT: port }, /^PORT must be an integer from 0 to 65535\.$/] as [Record<string, string>, RegExp]),
+    [{ MAX_BATCH: '0' }, /^MAX_BATCH must be an integer from 1 to 2000\.$/],
+    [{ DEADLINE_MS: '0' }, /^DEADLINE_MS must be an integer from 1/],
+    [{ HOST: 'a b' }, /^HOST must be/],
+    [{ HOST: '0.0.0.0' }, /^HOST is not a loopback address.*ALLOW_ANONYMOUS=true/],
+    [{ HOST: '::' }, /^HOST is not a loopback address/],
+    [{ ALLOW_ANONYMOUS: 'yes' }, /^ALLOW_ANONYMOUS must be true or false\.$/],
+    [{ LOG_LEVEL: 'loud' }, /^LOG_LEVEL must be one of/],
+    ...['true', '1', '0.0.0.0/0', '::/0', '::ffff:10.0.0.0/104', '10.0.0.0/33', '10.0.0.0/8/8', '10.0.0', 'proxy', '10.0.0.0/'].map(range => [{ TRUST_PROXY: range }, /^TRUST_PROXY must be a comma list/] as [Record<string, string>, RegExp]),
+    ...['*', 'null', 'app.example.com', 'https://app.example.com/', 'https://App.example.com', 'https://a.example:443', 'https://*.example.com', 'https://a.example/x'].map(origin => [{ CORS_ORIGINS: origin }, /^CORS_ORIGINS must be a comma list/] as [Record<string, string>, RegExp]),
+    [{ OUTBOX: 'memory' }, /^OUTBOX must be one of off\.$/],
+    ...['API_KEYS', 'API_KEYS_FILE', 'JWT_SECRET', 'JWT_JWKS_URL', 'METRICS_PORT', 'REDIS_URL'].map(name => [{ [name]: 'x' }, new RegExp(`^${name} is not supported by this version`)] as [Record<string, string>, RegExp])
+  ]
+  for (const [env, sentence] of rows) {
+    const found = mistakes({ ...good, ...env }, { '/run/token': 'CANARY-SECRET', '/run/empty': '\n' })
+    t.equal(found.length, env.HOST === 'a b' ? 2 : env.MIXPANEL_SERVICE_ACCOUNT === 'x' ? 1 : 1, JSON.stringify(env))
+    t.match(found[0], sentence, JSON.stringify(env))
+    t.notMatch(found.join(), /CANARY|two words|u:p/)
+  }
+  t.same(mistakes({ PORT: 'x', MAX_BATCH: '0', HOST: '0.0.0.0' }).map(sentence => sentence.split(' ')[0]), ['MIXPANEL_TOKEN', 'MAX_BATCH', 'PORT', 'HOST'])
+})
+
+t.test('the README and .env.example know every variable and its default', async t => {
+  const example = readFileSync('.env.example', 'utf8')
+  const readme = readFileSync('README.md', 'utf8')
+  const documented = [...readme.matchAll(/^\| `([A-Z_]+)`(?: ⚿)? \| (.*?) \|/gm)].map(([, name, value]) => [name, value])
+  t.same(documented.map(([name]) => name).sort(), Object.keys(Environment.properties).sort())
+  for (const [name, schema] of Object.entries(Environment.properties) as [string, { default?: unknown }][]) {
+    t.match(example, new RegExp(`^#?${name}=`, 'm'), `${name} in .env.example`)
+    const value = schema.default
+    const told = Object.fromEntries(documented)[name]
+    if (value !== undefined && String(value) !== '') t.equal(told, `\`${value}\``, name)
+  }
+  for (const name of SECRETS) t.match(readme, `\`${name}\` ⚿`)
+})

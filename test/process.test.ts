@@ -1,0 +1,137 @@
+import { connect } from 'node:net'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { t } from 'tap'
+import { identity, leaks, startProcess, startSandbox, TOKEN, type Env } from './helper.ts'
+
+const SERVER = 'dist/server.js'
+
+async function startServer (t: Parameters<typeof startProcess>[0], env: Env = {}) {
+  const sandbox = await startSandbox(t)
+  const server = startProcess(t, SERVER, [], { MIXPANEL_TOKEN: TOKEN, MIXPANEL_URL: sandbox.url, PORT: '0', LOG_LEVEL: 'debug', ...env })
+  const [, url] = await server.until(/Server listening at (http:[^"]+)"/)
+  const post = (body: unknown = identity()) => fetch(`${url}/identify`, {
+    method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify(body)
+  })
+  return { ...server, sandbox, url: url as string, post }
+}
+
+t.test('mistakes in the configuration: exit 1 and one sentence each', async t => {
+  const { url } = await startSandbox(t)
+  const rows: [args: string[], env: Env, sentences: RegExp][] = [
+    [[], {}, /^MIXPANEL_TOKEN is required\.\n$/],
+    [[], { MIXPANEL_TOKEN: TOKEN, PORT: 'x', HOST: '0.0.0.0' }, /^PORT must be .*\.\nHOST is not a loopback address.*\.\n$/],
+    [['check-config'], { MIXPANEL_TOKEN: TOKEN, MAX_BATCH: '0' }, /^MAX_BATCH must be .*\.\n$/],
+    [['destroy'], { MIXPANEL_TOKEN: TOKEN }, /^destroy is no command: use serve, /],
+    [['healthcheck'], { MIXPANEL_TOKEN: TOKEN, PORT: '9' }, /^The relay cannot go on: .+\.\n$/],
+    [['healthcheck'], { MIXPANEL_TOKEN: TOKEN, PORT: '9', HOST: '::1' }, /^The relay cannot go on: .+\.\n$/],
+    [['healthcheck'], { MIXPANEL_TOKEN: TOKEN, PORT: '9', HOST: '::', ALLOW_ANONYMOUS: 'true' }, /^The relay cannot go on: .+\.\n$/],
+    [['healthcheck'], { MIXPANEL_TOKEN: TOKEN, PORT: new URL(url).port }, /^The relay cannot go on: \/livez answered 404\.\n$/]
+  ]
+  for (const [args, env, sentences] of rows) {
+    const { exit, output } = startProcess(t, SERVER, args, env)
+    t.equal(await exit, 1)
+    t.match(output(), sentences)
+    t.same(leaks(output()), [])
+  }
+})
+
+t.test('check-config says where it would relay to', async t => {
+  const { exit, output } = startProcess(t, SERVER, ['check-config'], { MIXPANEL_TOKEN: TOKEN, MIXPANEL_REGION: 'eu' })
+  t.equal(await exit, 0)
+  t.equal(output(), 'The configuration is valid: http://127.0.0.1:8080 relays to https://api-eu.mixpanel.com.\n')
+})
+
+t.test('SIGTERM: not ready at once, in flight answered, exit 0', async t => {
+  const { child, exit, output, post, sandbox, url } = await startServer(t, { SHUTDOWN_DELAY_MS: '600' })
+  t.equal((await post()).status, 200)
+  const port = new URL(url).port
+  const health = startProcess(t, SERVER, ['healthcheck'], { MIXPANEL_TOKEN: TOKEN, PORT: port })
+  t.equal(await health.exit, 0)
+  t.equal(health.output(), 'The relay is alive.\n')
+  t.match(output(), /anyone on this machine may identify anyone/)
+  t.equal(output().split('may identify anyone').length, 2, 'it warns once')
+
+  child.kill('SIGUSR1')
+  sandbox.faults.add({ name: 'wait', ms: 1200, times: 5 })
+  const waiting = Array.from({ length: 5 }, () => post())
+  await sleep(200)
+  child.kill('SIGTERM')
+  await sleep(150)
+  t.equal((await fetch(`${url}/readyz`)).status, 503)
+  t.equal((await post()).status, 200, 'who has not heard of it yet is served')
+  for (const answer of await Promise.all(waiting)) t.equal(answer.status, 200)
+  t.equal(await exit, 0)
+  t.equal(sandbox.ledger.rows().length, 7)
+  t.notMatch(output(), /inspector|Debugger listening/)
+  t.same(leaks(output()), [])
+})
+
+t.test('what hangs longer than SHUTDOWN_TIMEOUT_MS is given up, and a second signal ends it at once', async t => {
+  for (const second of [false, true]) {
+    const { child, exit, post, sandbox } = await startServer(t, { SHUTDOWN_TIMEOUT_MS: second ? '60000' : '300' })
+    sandbox.faults.add({ name: 'hang', times: 9 })
+    const lost = post().catch(() => 'lost')
+    await sleep(200)
+    child.kill('SIGTERM')
+    await sleep(100)
+    if (second) child.kill('SIGTERM')
+    t.equal(await exit, 1)
+    t.equal(await lost, 'lost')
+  }
+})
+
+t.test('a connection that says nothing does not hold up the end', async t => {
+  const { child, exit, output, url } = await startServer(t, { HOST: '0.0.0.0', ALLOW_ANONYMOUS: 'true', MIXPANEL_URL: 'http://gateway.invalid' })
+  t.match(output(), /ALLOW_ANONYMOUS: anyone who reaches this address/)
+  t.match(output(), /the token travels in the clear/)
+  const socket = connect(Number(new URL(url).port), '127.0.0.1')
+  socket.on('error', () => {})
+  child.kill('SIGINT')
+  t.equal(await exit, 0)
+})
+
+t.test('a bug outside of requests is logged and ends the process in order', async t => {
+  const throwing = 'data:text/javascript,setTimeout(() => { throw new Error("from nowhere") }, 1500)'
+  const { exit, output, post } = await startServer(t, { NODE_OPTIONS: `--import=${encodeURI(throwing)}` })
+  t.equal((await post()).status, 200)
+  t.equal(await exit, 1)
+  t.match(output(), /"level":60,.*from nowhere.*"msg":"bug"/)
+})
+
+t.test('the address is taken: exit 1 with a sentence', async t => {
+  const { url } = await startServer(t)
+  const second = startProcess(t, SERVER, [], { MIXPANEL_TOKEN: TOKEN, PORT: new URL(url).port })
+  t.equal(await second.exit, 1)
+  t.match(second.output(), /EADDRINUSE/)
+})
+
+t.test('the demo shows the job, serves, and ends with Ctrl-C', async t => {
+  const { child, exit, output, until } = startProcess(t, 'dist/sandbox/demo.js', [], { PORT: '0' })
+  const [, url] = await until(/curl -i (http:\S+)\/identify/)
+  for (const words of ['200 accepted +merged', '200 accepted +repeat', '200 accepted +errAnonDistinctIdAssignedAlready',
+    '422 refused_by_mixpanel: event, invalid +nothing', '400 invalid_request: /identified_id +nothing']) {
+    t.match(output(), new RegExp(words))
+  }
+  await until(/Ctrl-C ends it/)
+  const answer = await fetch(`${url}/identify`, { method: 'POST', body: JSON.stringify(identity()) })
+  t.same(await answer.json(), { status: 'accepted' })
+  const taken = startProcess(t, 'dist/sandbox/demo.js', [], { PORT: new URL(url as string).port })
+  t.equal(await taken.exit, 1)
+  t.match(taken.output(), /PORT=18080 npm run demo/)
+  child.kill('SIGINT')
+  t.equal(await exit, 0)
+})
+
+t.test('the sandbox alone', async t => {
+  const { child, exit, until } = startProcess(t, 'dist/sandbox/server.js', [], { PORT: '0' })
+  const [, url] = await until(/listens on (http:\S+);/)
+  t.equal(await (await fetch(`${url}/track`, { method: 'POST', body: 'x' })).text(), '0')
+  child.kill('SIGTERM')
+  t.equal(await exit, 0)
+})
+
+t.test('openapi prints the document that the repository holds', async t => {
+  const { exit, output } = startProcess(t, SERVER, ['openapi'], { MIXPANEL_TOKEN: TOKEN, LOG_LEVEL: 'silent' })
+  t.equal(await exit, 0)
+  t.match(output(), /^openapi: 3\.1\.0\n/)
+})
