@@ -1,8 +1,10 @@
 import { isUtf8 } from 'node:buffer'
 import swagger from '@fastify/swagger'
-import Fastify, { LogController, type FastifyBaseLogger, type FastifyInstance, type FastifyRequest } from 'fastify'
+import Fastify, { type FastifyInstance, type FastifyRequest } from 'fastify'
+import type { Logger } from 'pino'
 import type { Config } from './config.ts'
 import { draining } from './plugins/draining.ts'
+import { framing } from './plugins/framing.ts'
 import { limits } from './plugins/limits.ts'
 import { origins } from './plugins/origins.ts'
 import { answerBadUrl, answerClientError, problems } from './plugins/problems.ts'
@@ -30,36 +32,36 @@ const KEEP_ALIVE_MS = 65_000
  *
  * Returns the app, not yet listening; `app.close()` lets requests in flight finish and then closes the relay.
  */
-export async function buildApp (config: Config, { relay, logger }: { relay: Relay, logger: FastifyBaseLogger }) {
+export async function buildApp (config: Config, { relay, logger }: { relay: Relay, logger: Logger }) {
   const app: FastifyInstance = Fastify({
-    loggerInstance: logger,
-    logController: new LogController({ disableRequestLogging: true }),
-    // Our lines carry the request's id themselves; a child logger for each request would only cost.
-    childLoggerFactory: parent => parent,
     genReqId: requestId,
     requestIdHeader: false,
     trustProxy: config.TRUST_PROXY.length > 0 ? config.TRUST_PROXY : false,
     bodyLimit: BODY_LIMIT,
     requestTimeout: REQUEST_TIMEOUT_MS,
     keepAliveTimeout: KEEP_ALIVE_MS,
-    // Node looks for late requests every 30 s, and swaps the two timeouts when this one is the longer. It would answer
-    // a missing Host by itself, without a problem; plugins/requests does.
+    // Node looks for late requests every 30 s, and swaps the two timeouts when headersTimeout is the longer. It would
+    // answer a missing Host by itself, without a problem; plugins/framing does.
     http: { headersTimeout: REQUEST_TIMEOUT_MS, connectionsCheckingInterval: 500, requireHostHeader: false },
     // plugins/draining answers instead, with a problem.
     return503OnClosing: false,
-    clientErrorHandler: answerClientError,
-    frameworkErrors: answerBadUrl,
+    clientErrorHandler: answerClientError(logger),
+    frameworkErrors: answerBadUrl(logger),
     ajv: {
       // Refuse, never coerce or drop; `verbose` leads from an error to the description of the rule.
       customOptions: { coerceTypes: false, removeAdditional: false, useDefaults: false, allErrors: true, verbose: true }
     }
   })
   app.addHook('onClose', () => relay.close())
+  // Node would answer other expectations than 100-continue by itself; a server may ignore them (RFC 9110).
+  app.server.on('checkExpectation', app.routing)
 
-  await app.register(requests)
-  await app.register(problems)
-  await app.register(draining)
+  // Fastify itself logs nothing: two lines for each request would cost as much as all the rest of it.
+  await app.register(requests, { logger })
+  await app.register(problems, { logger })
   await app.register(origins, { config })
+  await app.register(draining, { relay })
+  await app.register(framing)
   await app.register(limits, { config })
   await app.register(swagger, { openapi: about, refResolver: { buildLocalReference: schema => String(schema.$id) } })
   app.addSchema(Problem)
@@ -93,7 +95,8 @@ const about = {
 function parseJson (app: FastifyInstance) {
   const parse = app.getDefaultJsonParser('error', 'error')
   return (request: FastifyRequest, body: Buffer, done: (error: Error | null, body?: unknown) => void) => {
-    const refuse = () => done(Object.assign(new Error('must be JSON in UTF-8'), { statusCode: 400 }))
+    const rule = 'must be JSON in UTF-8, without __proto__ and constructor.prototype'
+    const refuse = () => done(Object.assign(new Error(rule), { statusCode: 400 }))
     if (!isUtf8(body)) return refuse()
     parse(request, body.toString(), (error, value) => error === null ? done(null, value) : refuse())
   }

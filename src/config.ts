@@ -8,19 +8,20 @@ type Env = Record<string, string | undefined>
 export class ConfigError extends Error {}
 
 FormatRegistry.Set('base-url', text => {
-  if (!URL.canParse(text)) return false
+  if (!URL.canParse(text) || /[?#]/.test(text)) return false
   const url = new URL(text)
-  return /^https?:$/.test(url.protocol) && url.username + url.password + url.search + url.hash === ''
+  return /^https?:$/.test(url.protocol) && url.username + url.password === ''
 })
 // Browsers send lower case and leave the default port out; an origin written otherwise would never match.
 FormatRegistry.Set('origin', text => /^[a-z][a-z0-9+.-]*:\/\/[^/?#\s*@]+$/.test(text) &&
   (!/^https?:/.test(text) || (URL.canParse(text) && new URL(text).origin === text)))
-// IPv4-mapped IPv6 is refused: such a range once trusted the whole IPv4 internet (CVE-2026-92395). So is /0.
+// IPv4-mapped IPv6 is refused: such a range may trust the whole IPv4 internet. So is /0.
 FormatRegistry.Set('network', text => {
   const [address = '', bits, ...rest] = text.split('/')
   const family = isIP(address)
   const most = family === 4 ? 32 : 128
-  return family !== 0 && rest.length === 0 && !/^::ffff:/i.test(address) &&
+  const isMapped = family === 6 && new URL(`http://[${address}]`).hostname.startsWith('[::ffff:')
+  return family !== 0 && rest.length === 0 && !isMapped &&
     (bits === undefined || (/^\d{1,3}$/.test(bits) && Number(bits) >= 1 && Number(bits) <= most))
 })
 
@@ -65,7 +66,7 @@ export const Environment = Type.Object({
 export type Config = Readonly<Static<typeof Environment>>
 
 /** Variables that this version cannot honour. To ignore one in silence could leave open what its operator closed. */
-const UNSUPPORTED = ['API_KEYS', 'JWT_SECRET', 'JWT_JWKS_URL', 'METRICS_PORT', 'REDIS_URL']
+const UNSUPPORTED = /^(API_KEYS|JWT_[A-Z]+|METRICS_PORT|REDIS_URL)(_FILE)?$/
 
 /** The variables whose values are secrets; each may be replaced by `<NAME>_FILE`, the path of a file that holds it. */
 export const SECRETS = Object.entries<TSchema>(Environment.properties)
@@ -99,12 +100,13 @@ export function isLoopback (host: string): boolean {
 }
 
 function contradictions (config: Config, env: Env): string[] {
-  const sentences = UNSUPPORTED.flatMap(name => [name, `${name}_FILE`]).filter(name => env[name])
+  const sentences = Object.keys(env).filter(name => UNSUPPORTED.test(name) && env[name])
     .map(name => `${name} is not supported by this version: unset it.`)
   if ((config.MIXPANEL_SERVICE_ACCOUNT === undefined) !== (config.MIXPANEL_PROJECT_ID === undefined)) {
     sentences.push('MIXPANEL_SERVICE_ACCOUNT and MIXPANEL_PROJECT_ID must be set together.')
   }
-  if (!isLoopback(config.HOST) && config.ALLOW_ANONYMOUS !== true) {
+  const isOpen = Value.Check(Environment.properties.HOST, config.HOST) && !isLoopback(config.HOST)
+  if (isOpen && config.ALLOW_ANONYMOUS !== true) {
     sentences.push('HOST is not a loopback address, so anyone who reaches it could merge identities for good: ' +
       'set ALLOW_ANONYMOUS=true if that is meant.')
   }

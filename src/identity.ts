@@ -17,7 +17,7 @@ const JUNK_IDS = new Set([
   'unknown', '<nil>', '0', '-1', 'true', 'false', '[]', '{}', '[object object]'
 ])
 
-/** Mixpanel's limits: properties themselves are level 1; an array or a nested object has fewer than 255 entries. */
+/** Mixpanel's limits: `properties` is level 1, and an array or a nested object has fewer than 255 entries. */
 const MAX_DEPTH = 3
 const MAX_ENTRIES = 254
 
@@ -82,8 +82,8 @@ export function brokenRules (body: unknown): FieldError[] {
       errors.push({ pointer: '/distinct_id', detail: 'must be equal to identified_id' })
     }
   }
-  const values = typeof properties === 'object' && properties !== null ? Object.entries(properties) : []
-  for (const [name, value] of values) {
+  if (typeof properties !== 'object' || properties === null) return errors
+  for (const [name, value] of Object.entries(properties)) {
     const detail = name.isWellFormed() ? brokenValue(value, 2) : 'has a name with a lone surrogate'
     if (detail !== undefined) errors.push({ pointer: `/properties/${escapePointer(name)}`, detail })
   }
@@ -100,6 +100,7 @@ function brokenValue (value: unknown, depth: number): string | undefined {
   const entries = Object.entries(value)
   if (entries.length > MAX_ENTRIES) return `must not hold more than ${MAX_ENTRIES} entries in one object or array`
   for (const [name, inner] of entries) {
+    if (name.length > 255) return 'must not hold a name of more than 255 characters'
     const detail = name.isWellFormed() ? brokenValue(inner, depth + 1) : 'must not contain lone surrogates'
     if (detail !== undefined) return detail
   }

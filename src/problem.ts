@@ -22,6 +22,9 @@ export const PROBLEMS = {
     status: 502, retryable: false, detail: 'Mixpanel rejected the credentials of this relay: its operator must act.'
   },
   mixpanel_rate_limited: { status: 503, retryable: true, detail: 'Mixpanel takes no more for now; see Retry-After.' },
+  mixpanel_unavailable: {
+    status: 503, retryable: true, detail: 'Mixpanel keeps failing and was not asked; see Retry-After.'
+  },
   overloaded: { status: 503, retryable: true, detail: 'Too many identities are waiting; see Retry-After.' },
   draining: { status: 503, retryable: true, detail: 'This instance is shutting down; another will take the request.' },
   mixpanel_timed_out: {
@@ -48,7 +51,7 @@ export function problemBody (code: ProblemCode, requestId: string, { detail, err
     code,
     retryable,
     request_id: requestId,
-    ...errors && { errors: errors.slice(0, MAX_ERRORS) }
+    ...errors && { errors: byPointer(errors).slice(0, MAX_ERRORS) }
   }
 }
 
@@ -58,14 +61,15 @@ export const Problem = Type.Object({
   title: Type.String(),
   status: Type.Integer(),
   detail: Type.String(),
-  code: Type.String(),
+  code: Type.String({ enum: Object.keys(PROBLEMS) }),
   retryable: Type.Boolean(),
   request_id: Type.String(),
   errors: Type.Optional(Type.Array(Type.Object({ pointer: Type.String(), detail: Type.String() })))
 }, { $id: 'Problem', description: 'RFC 9457. Decide by `code`; `retryable`: the same request may succeed later.' })
 
 /** The answers for the OpenAPI document: every status in the table, with an example for each of its codes. */
-export function problemResponses (codes = Object.keys(PROBLEMS) as ProblemCode[]) {
+export function problemResponses () {
+  const codes = Object.keys(PROBLEMS) as ProblemCode[]
   const statuses = new Set(codes.map(code => PROBLEMS[code].status))
   return Object.fromEntries(Array.from(statuses, status => {
     const here = codes.filter(code => PROBLEMS[code].status === status)
@@ -73,8 +77,8 @@ export function problemResponses (codes = Object.keys(PROBLEMS) as ProblemCode[]
     const examples = Object.fromEntries(here.map(code => [code, { value: problemBody(code, 'req-1', extras) }]))
     const content = { 'application/problem+json': { schema: Type.Ref('Problem'), examples } }
     const isLater = status === 429 || status === 503
-    const headers = isLater ? { 'retry-after': { type: 'integer', description: 'seconds' } } : {}
-    return [status, { description: here.join(', '), headers, content }]
+    const headers = isLater && { headers: { 'retry-after': { type: 'integer', description: 'seconds' } } }
+    return [status, { description: here.join(', '), ...headers, content }]
   }))
 }
 
@@ -84,15 +88,23 @@ interface SchemaError extends FastifySchemaValidationError {
   parentSchema?: { description?: string }
 }
 
-/** The errors that a schema (`found`) and other rules (`more`) name, one for each pointer, the schema's first. */
-export function fieldErrors (found: FastifyRequest['validationError'], more: readonly FieldError[] = []): FieldError[] {
+/** What a route's schemas found wrong with a request that they did not let pass. */
+export function fieldErrors (request: FastifyRequest): FieldError[] {
+  const { validation, validationContext: context } = request.validationError ?? {}
+  const inBody = context === 'body' ? validation as SchemaError[] : []
+  // Fastify looks at the query only if the body is right.
+  const validateQuery = request.getValidationFunction('querystring')
+  const inQuery = validateQuery?.(request.query) === false ? validateQuery.errors as SchemaError[] : []
+  // A pointer leads into the body; what is wrong with the query can only be told.
+  const told = inQuery.flatMap(fieldError)
+    .map(({ pointer, detail }) => ({ pointer: '', detail: `query parameter ${pointer.slice(1)} ${detail}` }))
+  return [...inBody.flatMap(fieldError), ...told]
+}
+
+/** One error for each pointer, in the order given. */
+function byPointer (errors: FieldError[]): FieldError[] {
   const details = new Map<string, string>()
-  const named = (found?.validation as SchemaError[] | undefined ?? []).flatMap(fieldError)
-    // A pointer leads into the body; what is wrong with the query can only be told.
-    .map((error): FieldError => found?.validationContext === 'querystring'
-      ? { pointer: '', detail: `query parameter ${error.pointer.slice(1)} ${error.detail}` }
-      : error)
-  for (const { pointer, detail } of [...named, ...more]) {
+  for (const { pointer, detail } of errors) {
     details.set(pointer, details.has(pointer) ? `${details.get(pointer)}; ${detail}` : detail)
   }
   return Array.from(details, ([pointer, detail]) => ({ pointer, detail }))

@@ -7,23 +7,49 @@ import { ConfigError, isLoopback, readConfig, SECRETS, type Config } from './con
 import { baseUrl, createMixpanel } from './mixpanel.ts'
 import { createRelay } from './relay.ts'
 
-const commands: Record<string, (config: Config) => Promise<void>> = {
+const commands = new Map(Object.entries({
   serve,
   healthcheck,
-  async 'check-config' (config) {
-    console.log(`The configuration is valid: http://${config.HOST}:${config.PORT} relays to ${baseUrl(config)}.`)
+  async 'check-config' (config: Config) {
+    console.log(`The configuration is valid: ${urlOf(config.HOST, config.PORT)} relays to ${baseUrl(config)}.`)
   },
   /** Prints `openapi.yaml`. */
-  async openapi (config) {
+  async openapi (config: Config) {
     const { app } = await start(config)
     await app.ready()
     console.log(app.swagger({ yaml: true }).trimEnd())
     await app.close()
   }
+}))
+
+/** What the last answers, the log and the connections may take after the callers' own time is up. */
+const CLOSING_MS = 1000
+
+/** A write costs as much as many lines do, so lines wait for others; a crash that runs no code loses them. */
+const LOG_DELAY_MS = 100
+const LOG_CHUNK = 8192
+
+/** Where the log goes: many lines in one asynchronous write, and at the end of the process none is missing. */
+const log = {
+  lines: '',
+  stdout: pino.destination({ sync: false }),
+  write (line: string) {
+    if (log.lines === '') setTimeout(log.flush, LOG_DELAY_MS).unref()
+    log.lines += line
+    if (log.lines.length > LOG_CHUNK) log.flush()
+  },
+  flush () {
+    if (log.lines !== '') log.stdout.write(log.lines)
+    log.lines = ''
+  }
 }
+process.on('exit', () => {
+  log.flush()
+  log.stdout.flushSync()
+})
 
 async function start (config: Config) {
-  const logger = pino({ level: config.LOG_LEVEL })
+  const logger = pino({ level: config.LOG_LEVEL, base: null }, log)
   const relay = createRelay(config, createMixpanel(config), logger)
   return { app: await buildApp(config, { relay, logger }), logger }
 }
@@ -32,7 +58,7 @@ async function serve (config: Config): Promise<void> {
   const { app, logger } = await start(config)
   // Signal 10 would open Node's inspector on loopback, which the neighbours in a pod share.
   process.on('SIGUSR1', () => {})
-  const delay = config.SHUTDOWN_DELAY_MS + config.SHUTDOWN_TIMEOUT_MS
+  const delay = config.SHUTDOWN_DELAY_MS + config.SHUTDOWN_TIMEOUT_MS + CLOSING_MS
   closeWithGrace({ delay, logger, skip: ['beforeExit'] }, async ({ signal, err }) => {
     if (err) logger.fatal({ err }, 'bug')
     else logger.info({ signal }, 'draining')
@@ -41,35 +67,38 @@ async function serve (config: Config): Promise<void> {
     await app.close()
   })
   const mixpanel = baseUrl(config)
-  logger.info({ mixpanel, endpoint: config.MIXPANEL_ENDPOINT }, 'relaying')
   if (isLoopback(config.HOST)) logger.warn('anyone on this machine may identify anyone: no credentials are configured')
   else logger.warn('ALLOW_ANONYMOUS: anyone who reaches this address may identify anyone')
   const { protocol, hostname } = new URL(mixpanel)
   if (protocol === 'http:' && !isLoopback(hostname.replace(/^\[|\]$/g, ''))) {
     logger.warn('MIXPANEL_URL is not https: the token travels in the clear')
   }
-  await app.listen({ host: config.HOST, port: config.PORT })
+  const url = await app.listen({ host: config.HOST, port: config.PORT })
+  logger.info({ mixpanel, endpoint: config.MIXPANEL_ENDPOINT }, `Server listening at ${url}`)
 }
 
 /** For HEALTHCHECK: exit 0 if the relay that this configuration describes is alive. */
 async function healthcheck ({ HOST, PORT }: Config): Promise<void> {
-  const host = { '0.0.0.0': '127.0.0.1', '::': '[::1]' }[HOST] ?? (HOST.includes(':') ? `[${HOST}]` : HOST)
-  const answer = await fetch(`http://${host}:${PORT}/livez`, { signal: AbortSignal.timeout(2000) })
+  const host = { '0.0.0.0': '127.0.0.1', '::': '::1' }[HOST] ?? HOST
+  const answer = await fetch(`${urlOf(host, PORT)}/livez`, { signal: AbortSignal.timeout(2000) })
   if (!answer.ok) throw new Error(`/livez answered ${answer.status}`)
   console.log('The relay is alive.')
 }
 
-/** The exit code is 0, or 1 after one sentence on standard error. */
+const urlOf = (host: string, port: number) => `http://${host.includes(':') ? `[${host}]` : host}:${port}`
+
+/** The exit code is 0, or 1 after one sentence for each mistake on standard error. */
 async function main (name = 'serve'): Promise<void> {
-  const command = commands[name]
-  if (command === undefined) throw new ConfigError(`${name} is no command: use ${Object.keys(commands).join(', ')}.`)
+  const command = commands.get(name)
+  if (command === undefined) throw new ConfigError(`${name} is no command: use ${[...commands.keys()].join(', ')}.`)
   const config = readConfig(process.env, path => readFileSync(path, 'utf8'))
-  // Children, diagnostic reports and /proc have no business with them.
+  // Children and diagnostic reports have no business with them.
   for (const secret of SECRETS) delete process.env[secret]
   await command(config)
 }
 
 main(process.argv[2]).catch((error: Error) => {
-  console.error(error instanceof ConfigError ? error.message : `The relay cannot go on: ${error.message}.`)
+  const { message } = error.cause instanceof Error ? error.cause : error
+  console.error(error instanceof ConfigError ? message : `The relay cannot go on: ${message}.`)
   process.exit(1)
 })

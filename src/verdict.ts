@@ -1,40 +1,46 @@
 /**
- * What became of an identity. `cause` is for the log (a status or an error code, never a secret); `again` says that
- * the same bytes sent once more may help right away; `retryAfter` is in seconds.
+ * What became of an identity, or of all that travelled in one request. `cause` is for the log (a status or an error
+ * code, never a secret); `again` says that the same bytes sent once more may help right away; `retryAfter` is in
+ * seconds; `records` has, where Mixpanel named them, the refused ones' reasons by index: the others were accepted.
  */
 export type Verdict =
   | { code: 'accepted' }
-  | { code: 'refused_by_mixpanel', reason: string | undefined }
+  | { code: 'refused_by_mixpanel', reason?: string | undefined, records?: Map<number, string> | undefined }
   | { code: 'mixpanel_unreachable' | 'mixpanel_misanswered' | 'mixpanel_timed_out', cause: string, again: boolean }
   | { code: 'mixpanel_rejected_credentials', cause: string }
   | { code: 'mixpanel_rate_limited', cause: string, retryAfter: number }
-  | { code: 'overloaded' | 'draining', retryAfter: number }
+  | { code: 'mixpanel_unavailable' | 'overloaded', retryAfter: number }
 
 /** Mixpanel documents no Retry-After, but a backoff that starts at 2 s and ends at 60 s. */
 const RETRY_AFTER_SECONDS = { least: 1, usual: 2, most: 60 }
 
-/** The verdict where the status alone decides; undefined for 200 and 400, where the body does. */
+/** The verdict where the status alone decides; undefined for 200 and 400, where the body does (and for 1xx). */
 export function interpretStatus (status: number, retryAfter?: string | string[]): Verdict | undefined {
   const cause = `status ${status}`
-  if (status === 200 || status === 400) return undefined
+  if (status === 200 || status === 400 || status < 200) return undefined
   if (status === 429) return { code: 'mixpanel_rate_limited', retryAfter: retryAfterSeconds(String(retryAfter)), cause }
   if (status === 401 || status === 403) return { code: 'mixpanel_rejected_credentials', cause }
   if (status === 408 || status >= 500) return { code: 'mixpanel_unreachable', cause, again: true }
   return { code: 'mixpanel_misanswered', cause, again: false }
 }
 
+/** The cause of a verdict that Mixpanel itself gave, in so many words, and not the way to it. */
+export const TEMPORARY = 'temporary failure'
+
 /** Reads `1`, `0`, `{ error, status }` and the strict form `{ code, failed_records }`; anything else is no answer. */
 export function interpretBody (status: number, text: string): Verdict {
   const answer = parse(text)
   const { status: word, code, ...words } = Object(answer) as Record<string, unknown>
-  const reason = reasonOf(words)
+  const records = Array.isArray(words.failed_records) ? words.failed_records : []
+  // A 400 is never asked again for its reason.
+  const reason = reasonOf(records, words.error) ?? (status === 400 ? 'Mixpanel gave no reason for its 400.' : undefined)
   // Seen live: a `0` that is Mixpanel's own passing fault, which only its words tell from a refusal.
   if (reason !== undefined && /temporary failure/i.test(reason)) {
-    return { code: 'mixpanel_unreachable', cause: 'temporary failure', again: true }
+    return { code: 'mixpanel_unreachable', cause: TEMPORARY, again: true }
   }
   const refused = status === 400 || reason !== undefined || answer === 0 || word === 0
-  if (refused) return { code: 'refused_by_mixpanel', reason }
-  if (answer === 1 || word === 1 || code === 200) return { code: 'accepted' }
+  if (refused) return { code: 'refused_by_mixpanel', reason, records: reasonsByIndex(records) }
+  if (answer === 1 || word === 1 || (code === 200 && words.num_records_imported !== 0)) return { code: 'accepted' }
   return { code: 'mixpanel_misanswered', cause: 'neither 1 nor 0', again: true }
 }
 
@@ -55,13 +61,24 @@ function parse (text: string): unknown {
 }
 
 /** Mixpanel's words, fit to be shown: on one line, at most 500 characters. */
-function reasonOf ({ error, failed_records: records }: Record<string, unknown>): string | undefined {
+function reasonOf (records: unknown[], error: unknown): string | undefined {
   // In Simplified projects the records have been seen as strings.
-  const messages = (Array.isArray(records) ? records : [])
-    .map(record => typeof record === 'string' ? record : record?.message).filter(message => typeof message === 'string')
+  const messages = records.map(record => typeof record === 'string' ? record : Object(record).message)
   const words = messages.length > 0 ? messages.join('; ') : error
   if (typeof words !== 'string' || words === '') return undefined
   return words.replace(/\p{Cc}+/gu, ' ').slice(0, 500)
+}
+
+/** The reasons by the records' index; undefined where Mixpanel did not say which records it means. */
+function reasonsByIndex (records: unknown[]): Map<number, string> | undefined {
+  const reasons = new Map<number, string>()
+  for (const record of records) {
+    const { index } = Object(record)
+    if (!Number.isInteger(index)) return undefined
+    const reason = reasonOf([record], undefined)
+    reasons.set(index, reasons.has(index) ? `${reasons.get(index)}; ${reason}` : String(reason))
+  }
+  return records.length > 0 ? reasons : undefined
 }
 
 function retryAfterSeconds (header: string): number {

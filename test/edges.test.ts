@@ -101,7 +101,7 @@ t.test('a request keeps its own id when it is fit for a log', async t => {
   }
   for (const id of ['', 'x'.repeat(129), 'a b', '<script>', 'a"b', 'é']) {
     const answer = await post({}, { headers: { 'x-request-id': id } })
-    t.match(answer.headers['x-request-id'], /^[0-9a-f-]{36}$/)
+    t.match(answer.headers['x-request-id'], /^[0-9a-f]{16}-\d+$/)
     t.equal(answer.json().request_id, answer.headers['x-request-id'])
   }
 })
@@ -127,11 +127,11 @@ t.test('limits: per address, told in headers, not escaped by forged headers', as
     inject({ method: 'POST', url, payload: identity(), headers, remoteAddress })
   for (const left of ['2', '1', '0']) {
     const answer = await from('192.0.2.1', { 'x-forwarded-for': `203.0.113.${left}`, 'x-real-ip': '1.1.1.1', forwarded: 'for=9.9.9.9' })
-    t.match(answer, { statusCode: 200, headers: { 'ratelimit-limit': '3', 'ratelimit-remaining': left, 'ratelimit-reset': /\d+/ } })
+    t.equal(answer.statusCode, 200, `${left} left`)
   }
   const refused = await from('192.0.2.1', { 'x-forwarded-for': '203.0.113.77' })
   t.match(refused.json(), { status: 429, code: 'too_many_requests', retryable: true })
-  t.match(refused.headers, { 'retry-after': /^\d+$/, 'ratelimit-remaining': '0' })
+  t.match(refused.headers, { 'retry-after': /^\d+$/, 'ratelimit-limit': '3', 'ratelimit-remaining': '0', 'ratelimit-reset': /^\d+$/ })
   t.equal((await from('192.0.2.1', {}, '/nope')).statusCode, 404, 'guessed paths have a budget of their own')
   for (let count = 0; count < 3; count++) await from('192.0.2.1', {}, '/nope')
   t.equal((await from('192.0.2.1', {}, '/nope')).statusCode, 429)
@@ -149,6 +149,10 @@ t.test('limits: per address, told in headers, not escaped by forged headers', as
   t.equal(await via('10.1.2.3', '203.0.113.1'), 200)
   t.equal(await via('10.1.2.3', '203.0.113.2'), 200, 'a trusted proxy speaks for its clients')
   t.equal(await via('192.0.2.9', '6.6.6.6, 203.0.113.2'), 429, 'who forges more to the left is still himself')
+  t.equal(await via('10.1.2.3', '203.0.113.9:4000'), 200)
+  t.equal(await via('10.1.2.3', '203.0.113.9:4001'), 429, 'a port makes no other caller')
+  t.equal(await via('10.1.2.3', '[2001:db8::1]:443'), 200)
+  t.equal(await via('10.1.2.3', '[2001:db8::1]'), 429)
   t.equal(await via('192.0.2.8', '203.0.113.3'), 200)
   t.equal(await via('192.0.2.8', '203.0.113.4'), 429, 'nobody else is believed')
 })
@@ -250,6 +254,7 @@ t.test('raw bytes: nothing is smuggled', async t => {
     ['another protocol', '\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03', 400],
     ['a long header', post(`host: x\r\nx-a: ${'x'.repeat(20_000)}\r\n${length}`, body), 431],
     ['a long path', post(`host: x\r\n${length}`, body, `POST /identify?${'x'.repeat(20_000)} HTTP/1.1`), 431],
+    ['an expectation we do not know', post(`host: x\r\nexpect: foo\r\n${length}`, body), 200],
     ['gzip that is none', post(`host: x\r\ncontent-encoding: gzip\r\n${length}`, body), 415]
   ]
   let sent = 0
@@ -302,4 +307,5 @@ t.test('a client who resets its connection is not answered', async t => {
   })
   await new Promise(resolve => setTimeout(resolve, 100))
   t.equal((await relay.inject({ url: '/livez' })).statusCode, 200)
+  t.same(relay.logged().filter(line => line.route === '/identify').length, 1, 'but logged')
 })

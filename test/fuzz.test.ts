@@ -2,7 +2,6 @@ import { randomUUID } from 'node:crypto'
 import fc from 'fast-check'
 import { t } from 'tap'
 import { exchange, identity, startRelay } from './helper.ts'
-import { Identity } from '../src/identity.ts'
 import { failedRecords } from '../src/sandbox/records.ts'
 
 const MUTATIONS = 20_000
@@ -66,18 +65,17 @@ t.test('mutated bytes: always an answer or a closed connection, and then it stil
   const port = Number(new URL(await app.listen({ host: '127.0.0.1', port: 0 })).port)
   const body = JSON.stringify(identity())
   const whole = Buffer.from(`POST /identify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: ${body.length}\r\nconnection: close\r\n\r\n${body}`)
+  let answered = 0
   const change = fc.record({ at: fc.nat(whole.length - 1), byte: fc.nat(255) })
   await fc.assert(fc.asyncProperty(fc.array(change, { minLength: 1, maxLength: 4 }), async changes => {
     const bytes = Buffer.from(whole)
     for (const { at, byte } of changes) bytes[at] = byte
     const answer = await exchange(port, bytes, 40)
+    if (answer !== '') answered++
     return answer === '' || /^HTTP\/1\.1 (200|4\d\d) /.test(answer)
   }), { numRuns: 1000 })
+  t.ok(answered > 500, `${answered} were answered`)
   const before = sandbox.requests.length
   t.match(await exchange(port, whole, 1000), /^HTTP\/1\.1 200/)
   t.equal(sandbox.requests.length, before + 1)
-})
-
-t.test('the schema describes what it takes', async t => {
-  t.same(Object.keys(Identity.properties), ['identified_id', 'anon_id', 'distinct_id', 'properties'])
 })

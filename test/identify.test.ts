@@ -1,6 +1,9 @@
 import { randomUUID } from 'node:crypto'
 import { t } from 'tap'
 import { identity, leaks, startRelay, TOKEN } from './helper.ts'
+import { readConfig } from '../src/config.ts'
+import { identifyEvent } from '../src/event.ts'
+import { baseUrl, createMixpanel } from '../src/mixpanel.ts'
 import { interpretError } from '../src/verdict.ts'
 import type { Received } from '../src/sandbox/app.ts'
 
@@ -29,7 +32,7 @@ t.test('a valid identity becomes one $identify event, byte for byte', async t =>
           $identified_id: identified,
           $anon_id: anon,
           time: Number,
-          $insert_id: /^[A-Za-z0-9-]{36}$/
+          $insert_id: /^[A-Za-z0-9-]{32}$/
         }
       })
       t.ok(Math.abs(JSON.parse(form[0]?.[1] ?? '').properties.time - Date.now() / 1000) < 60, 'time is in seconds')
@@ -111,7 +114,7 @@ t.test('every broken field is named, and nothing is sent', async t => {
   for (const [body, pointer] of raw) {
     const answer = await post(body, json)
     t.match(answer.json(), { status: 400, code: 'invalid_request' }, String(body))
-    t.same(answer.json().errors.map((error: { pointer: string }) => error.pointer), [pointer.isWellFormed() ? pointer : '/properties/\ud800'], String(body))
+    t.same(answer.json().errors.map((error: { pointer: string }) => error.pointer), [pointer], String(body))
   }
   t.match((await post(identity({ properties: nested(3) }))).statusCode, 200)
   t.match((await post(identity({ properties: properties(200) }))).statusCode, 200)
@@ -123,7 +126,7 @@ t.test('every broken field is named, and nothing is sent', async t => {
 })
 
 t.test('what Mixpanel answers decides the status', async t => {
-  const { post, sandbox, logged } = await startRelay(t, { MIXPANEL_TIMEOUT_MS: '400', DEADLINE_MS: '1500' })
+  const env = { MIXPANEL_TIMEOUT_MS: '400', DEADLINE_MS: '1500' }
   const retryLater = { 'retry-after': /^\d+$/ }
   const rows: [fault: string, status: number, code: string, requests: number, headers?: Record<string, unknown>][] = [
     ['rate_limited', 503, 'mixpanel_rate_limited', 1, { 'retry-after': '2' }],
@@ -159,8 +162,8 @@ t.test('what Mixpanel answers decides the status', async t => {
   ]
   const permanent = ['refused_by_mixpanel', 'mixpanel_rejected_credentials']
   for (const [fault, status, code, requests, headers = {}] of rows) {
-    sandbox.faults.clear()
-    sandbox.requests.length = 0
+    // Each its own relay: too many failures in a row, and the next one would not be asked.
+    const { post, sandbox, logged } = await startRelay(t, env)
     sandbox.faults.add({ name: fault as 'hang', times: 1000 })
     const answer = await post(identity())
     t.equal(answer.statusCode, status, fault)
@@ -189,6 +192,9 @@ t.test('the reason for a refusal comes back, without the token', async t => {
   const { detail } = (await post(identity())).json()
   t.match(detail, /\*\*\*/, 'what Mixpanel quotes is masked')
   t.ok(detail.length <= 500)
+  sandbox.faults.add({ name: 'long_echo', times: 2 })
+  const cut = (await post(identity())).json().detail
+  t.notMatch(cut, /CANARY/, 'not even a part of it is left where the reason is cut')
 })
 
 t.test('one failure is healed by one repeat', async t => {
@@ -291,17 +297,12 @@ t.test('MIXPANEL_ENDPOINT=import: an array with Basic auth', async t => {
 })
 
 t.test('a gateway with a path, and the three regions', async t => {
-  const { post, sandbox } = await startRelay(t)
-  await post(identity())
-  const { baseUrl, createMixpanel, identifyEvent } = await import('../src/mixpanel.ts')
-  const { readConfig } = await import('../src/config.ts')
   for (const [region, host] of [['us', 'api'], ['eu', 'api-eu'], ['in', 'api-in']]) {
     t.equal(baseUrl(readConfig({ MIXPANEL_TOKEN: 'x', MIXPANEL_REGION: region }, () => '')), `https://${host}.mixpanel.com`)
   }
   const gateway = createMixpanel(readConfig({ MIXPANEL_TOKEN: 'x', MIXPANEL_URL: 'http://gw.example/mixpanel/' }, () => ''))
   t.teardown(gateway.close)
-  t.equal(gateway.encode(identifyEvent(identity(), 0)).path, '/mixpanel/track?ip=0')
-  t.equal(sandbox.requests.length, 1)
+  t.equal(gateway.encode([identifyEvent(identity(), 0)]).path, '/mixpanel/track?ip=0')
 })
 
 t.test('errors that no local server can provoke', async t => {

@@ -78,7 +78,7 @@ t.test('a cluster has a limit, and a merge joins clusters for good', async t => 
   const same = await start(t)
   const id = 'a-b-c-d-e'
   await same.track([pair('u', id), pair(id, 'f-b-c-d-e'), pair('u', 'f-b-c-d-e'), pair('f-b-c-d-e', 'u-1-2-3-4'), pair('u-1-2-3-4', 'g-1-1-1-1'), pair('g-1-1-1-1', 'h-1-1-1-1')])
-  t.same(same.outcomes().slice(0, 3), ['merged', 'merged', 'errAnonDistinctIdAssignedAlready'])
+  t.same(same.outcomes(), ['merged', 'merged', 'errAnonDistinctIdAssignedAlready', 'merged', 'merged', 'merged'])
   const circle = await start(t)
   await circle.track([pair('1-1-1-1-1', '2-1-1-1-1'), pair('2-1-1-1-1', '1-1-1-1-1')])
   t.same(circle.outcomes(), ['merged', 'merged'], 'two that are one already')
@@ -210,5 +210,5 @@ t.test('the other paths', async t => {
   t.equal((await send('/__sandbox', { method: 'DELETE' })).status, 204)
   t.equal((await track('x')).status, 200)
   t.equal(ledger.rows().length, 0)
-  t.equal((await send('/__sandbox/faults', { method: 'POST', body: 'x' })).status, 500)
+  t.equal((await send('/__sandbox/faults', { method: 'POST', body: 'x' })).status, 400)
 })

@@ -1,4 +1,5 @@
 import fp from 'fastify-plugin'
+import type { Relay } from '../relay.ts'
 
 declare module 'fastify' {
   interface FastifyInstance {
@@ -8,26 +9,32 @@ declare module 'fastify' {
   }
 }
 
-/** How long a connection may still take to bring a request that it began before the close. */
+/** How long a connection may still take, once we close, to bring a request that it began before. */
 const LAST_REQUEST_MS = 500
 
 /** A process ends in two steps: `drain` sends callers elsewhere, `close` refuses those who come all the same. */
-export const draining = fp(async app => {
+export const draining = fp<{ relay: Relay }>(async (app, { relay }) => {
   let state: 'serving' | 'draining' | 'closing' = 'serving'
   let timer: NodeJS.Timeout | undefined
   app.decorate('drain', () => { state = 'draining' })
   app.decorate('isDraining', () => state !== 'serving')
   app.addHook('preClose', async () => {
     state = 'closing'
-    // Node waits for every connection, silent ones included, and looks for late requests no more once it closes.
-    timer = setInterval(() => app.inFlight() === 0 && app.server.closeAllConnections(), LAST_REQUEST_MS)
+    // Node waits for every connection, silent and stalled ones included, and once it closes it times none of them out.
+    let isIdle = false
+    timer = setInterval(() => {
+      if (isIdle) app.server.closeAllConnections()
+      isIdle = relay.state().waiting === 0
+    }, LAST_REQUEST_MS / 2)
   })
   app.addHook('onClose', async () => clearInterval(timer))
-  app.addHook('onRequest', async (request, reply) => {
+  app.addHook('onRequest', (request, reply, done) => {
     if (state === 'closing' && request.method === 'POST') return reply.problem('draining', { retryAfter: 1 })
+    done()
   })
   // On the answer, not the request: a connection whose request was in flight already would stay open for a minute.
-  app.addHook('onSend', async (request, reply) => {
+  app.addHook('onSend', (request, reply, payload, done) => {
     if (state !== 'serving') reply.header('connection', 'close')
+    done(null, payload)
   })
 })

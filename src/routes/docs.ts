@@ -2,7 +2,7 @@ import { readFile } from 'node:fs/promises'
 import { createRequire } from 'node:module'
 import type { FastifyPluginAsync } from 'fastify'
 
-// Only the files of @fastify/swagger-ui are used: as a plugin it would cost every start a third of its time.
+// Only the files of @fastify/swagger-ui are used: registered as a plugin it would add some 30 ms to every start.
 const assets = createRequire(import.meta.url).resolve('@fastify/swagger-ui/static/swagger-ui.css').replace(/[^/]+$/, '')
 
 const PAGE = `<!doctype html>

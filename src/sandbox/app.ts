@@ -81,7 +81,9 @@ export function createSandbox (options: EndpointOptions & LedgerOptions = {}) {
   app.get('/__sandbox/livez', async () => ({ status: 'alive' }))
   app.get('/__sandbox/events', async () => ({ events: ledger.rows(), deduplicated: ledger.deduplicated().length }))
   app.post('/__sandbox/faults', async (request, reply) => {
-    faults.add(...parse(String(request.body)) as Fault[])
+    const script = parse(String(request.body))
+    if (!Array.isArray(script)) return reply.code(400).send({ error: 'send a JSON array of faults', status: 0 })
+    faults.add(...script as Fault[])
     return reply.code(204).send()
   })
   app.delete('/__sandbox', async (request, reply) => {

@@ -22,6 +22,10 @@ export const FAULTS = {
   echo (reply: FastifyReply) {
     reply.send({ error: `refused: ${decodeURIComponent(String(reply.request.body))}\n`, status: 0 })
   },
+  long_echo (reply: FastifyReply) {
+    const body = decodeURIComponent(String(reply.request.body))
+    reply.send({ error: 'y'.repeat(500 - body.indexOf('"token":') - 20) + body, status: 0 })
+  },
   mute_zero: answer(200, 'text/plain', '0'),
   null_body: answer(200, 'application/json', 'null'),
   empty: answer(200, 'text/plain', ''),

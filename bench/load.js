@@ -1,0 +1,84 @@
+// The load: keep-alive connections on raw sockets, each with one request under way, every request another identity.
+// Closed loop by default; with `rate` an open loop, whose latencies count from the moment a request was due.
+// Prints one line of JSON. Usage: node load.js '{"port":8080,"connections":64,"seconds":5,"rate":0}'
+import { randomUUID } from 'node:crypto'
+import { connect } from 'node:net'
+import { performance } from 'node:perf_hooks'
+
+const { port, connections, seconds, rate = 0 } = JSON.parse(process.argv[2])
+
+const requests = Array.from({ length: 20_000 }, (_, index) => {
+  const body = JSON.stringify({ identified_id: `user-${index}@example.com`, anon_id: randomUUID() })
+  return Buffer.from('POST /identify HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n' +
+    `content-length: ${body.length}\r\n\r\n${body}`)
+})
+const latencies = { ok: [], refused: [] }
+const statuses = {}
+let sent = 0
+let isOver = false
+const idle = []
+const due = []
+
+const sockets = await Promise.all(Array.from({ length: connections }, () => new Promise((resolve, reject) => {
+  const socket = connect(port, '127.0.0.1', () => resolve(socket))
+  socket.setNoDelay(true).on('error', reject)
+})))
+
+for (const socket of sockets) {
+  let rest = ''
+  socket.on('data', chunk => {
+    rest += chunk.latin1Slice()
+    const end = rest.indexOf('\r\n\r\n')
+    if (end === -1) return
+    const length = /\r\ncontent-length: (\d+)/i.exec(rest)
+    if (rest.length < end + 4 + Number(length[1])) return
+    const status = rest.slice(9, 12)
+    rest = ''
+    statuses[status] = (statuses[status] ?? 0) + 1
+    latencies[status === '200' ? 'ok' : 'refused'].push(performance.now() - socket.since)
+    if (isOver) return
+    if (rate === 0) send(socket, performance.now())
+    else if (due.length > 0) send(socket, due.shift())
+    else idle.push(socket)
+  })
+}
+
+function send (socket, since) {
+  socket.since = since
+  socket.write(requests[sent++ % requests.length])
+}
+
+const cpu = process.cpuUsage()
+const started = performance.now()
+if (rate === 0) {
+  for (const socket of sockets) send(socket, performance.now())
+} else {
+  idle.push(...sockets)
+  let made = 0
+  const timer = setInterval(() => {
+    for (const now = performance.now(); made < (now - started) / 1000 * rate; made++) {
+      const at = started + made / rate * 1000
+      if (idle.length > 0) send(idle.pop(), at)
+      else due.push(at)
+    }
+    if (isOver) clearInterval(timer)
+  }, 1)
+}
+await new Promise(resolve => setTimeout(resolve, seconds * 1000))
+isOver = true
+const elapsed = (performance.now() - started) / 1000
+const { user, system } = process.cpuUsage(cpu)
+const quantile = (list, share) => list.sort((a, b) => a - b)[Math.min(list.length - 1, Math.floor(list.length * share))] ?? null
+console.log(JSON.stringify({
+  ok: latencies.ok.length / elapsed,
+  refused: latencies.refused.length / elapsed,
+  statuses,
+  unsent: due.length,
+  p50: quantile(latencies.ok, 0.5),
+  p99: quantile(latencies.ok, 0.99),
+  refusedP50: quantile(latencies.refused, 0.5),
+  refusedP99: quantile(latencies.refused, 0.99),
+  /** Of one core; near 1 the load itself would be the limit. */
+  generatorCpu: (user + system) / 1e6 / elapsed
+}))
+process.exit(0)

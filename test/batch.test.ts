@@ -1,0 +1,238 @@
+import { setTimeout as sleep } from 'node:timers/promises'
+import { t } from 'tap'
+import { identity, startRelay } from './helper.ts'
+import { createBatcher } from '../src/batcher.ts'
+import { createBreaker } from '../src/breaker.ts'
+
+type Relay = Awaited<ReturnType<typeof startRelay>>
+
+/** The identified ids that Mixpanel got, a list for each request. */
+const arrived = ({ sandbox }: Relay) => sandbox.requests.map(({ body }) => {
+  const data = JSON.parse(new URLSearchParams(body).get('data') ?? '')
+  return (Array.isArray(data) ? data : [data]).map(event => event.properties.$identified_id as string)
+})
+
+t.test('a thousand at once: every one 200, each at Mixpanel exactly once, in few requests', async t => {
+  const relay = await startRelay(t)
+  const identities = Array.from({ length: 1000 }, () => identity())
+  const answers = await Promise.all(identities.map(one => relay.post(one)))
+  t.same(new Set(answers.map(answer => answer.statusCode)), new Set([200]))
+  const got = arrived(relay)
+  t.same(got.flat().sort(), identities.map(one => one.identified_id).sort())
+  t.ok(got.length <= 60, `${got.length} requests`)
+  t.ok(got.every(batch => batch.length <= 50))
+})
+
+t.test('a lone identity travels at once, as an object', async t => {
+  const relay = await startRelay(t)
+  for (let count = 0; count < 3; count++) await relay.post(identity())
+  t.same(arrived(relay).map(batch => batch.length), [1, 1, 1])
+  t.match(relay.sandbox.requests[0]?.body, /^data=%7B/)
+})
+
+t.test('MAX_BATCH=1 never merges, strict=1 never shares', async t => {
+  const single = await startRelay(t, { MAX_BATCH: '1' })
+  await Promise.all(Array.from({ length: 100 }, () => single.post(identity())))
+  t.equal(single.sandbox.requests.length, 100)
+  const relay = await startRelay(t)
+  await Promise.all(Array.from({ length: 40 }, (_, index) => relay.post(identity(), { query: index % 4 === 0 ? '?strict=1' : '' })))
+  for (const { body } of relay.sandbox.requests.filter(({ body }) => body.endsWith('&strict=1'))) t.match(body, /^data=%7B/)
+  t.equal(relay.sandbox.requests.filter(({ body }) => body.endsWith('&strict=1')).length, 10)
+  t.equal(arrived(relay).flat().length, 40)
+})
+
+t.test('a 0 for many condemns only the guilty, each with Mixpanel\'s reason', async t => {
+  for (const env of [{}, { MIXPANEL_STRICT: '1' }, { MIXPANEL_ENDPOINT: 'import' }]) {
+    const relay = await startRelay(t, env)
+    const guilty = new Set(['bad-3', 'bad-77', 'bad-78', 'bad-150', 'bad-299'])
+    // The stand-in refuses by time; the clock is turned back when these are accepted.
+    const accept = relay.relay.accept
+    relay.relay.accept = one => {
+      const event = accept(one)
+      return guilty.has(one.identified_id) ? { ...event, properties: { ...event.properties, time: 1 } } : event
+    }
+    const answers = await Promise.all(Array.from({ length: 300 }, (_, index) => {
+      const id = guilty.has(`bad-${index}`) ? `bad-${index}` : `good-${index}`
+      return relay.post(identity({ identified_id: id })).then(answer => ({ id, answer }))
+    }))
+    for (const { id, answer } of answers) {
+      if (!guilty.has(id)) t.equal(answer.statusCode, 200, id)
+      else t.match(answer.json(), { status: 422, code: 'refused_by_mixpanel', detail: /time/ }, id)
+    }
+    const got = new Set(relay.sandbox.ledger.rows().map(row => row.properties.$identified_id))
+    t.equal(got.size, 295)
+    t.same([...guilty].filter(id => got.has(id)), [])
+    t.ok(relay.sandbox.requests.length <= 150, `${JSON.stringify(env)}: ${relay.sandbox.requests.length} requests`)
+    if (env.MIXPANEL_STRICT) t.ok(relay.sandbox.requests.length <= 20, 'per-record answers need no search')
+  }
+})
+
+t.test('413 for an array: it is halved', async t => {
+  const relay = await startRelay(t)
+  relay.sandbox.faults.add({ name: 'too_large', times: 3 })
+  const answers = await Promise.all(Array.from({ length: 40 }, () => relay.post(identity())))
+  t.same(new Set(answers.map(answer => answer.statusCode)), new Set([200]))
+  t.equal(new Set(arrived(relay).flat()).size, 40)
+})
+
+t.test('one failure of a batch is healed by the very same bytes', async t => {
+  const relay = await startRelay(t)
+  relay.sandbox.faults.add({ name: 'reset_after' })
+  const answers = await Promise.all(Array.from({ length: 30 }, () => relay.post(identity())))
+  t.same(new Set(answers.map(answer => answer.statusCode)), new Set([200]))
+  const bodies = relay.sandbox.requests.map(({ body }) => body)
+  t.equal(bodies.length, new Set(bodies).size + 1)
+  t.equal(relay.sandbox.ledger.deduplicated().length, 30)
+})
+
+t.test('a caller who goes away harms nobody, is sent, logged, and not waited for twice', async t => {
+  const relay = await startRelay(t)
+  const url = await relay.app.listen({ host: '127.0.0.1', port: 0 })
+  relay.sandbox.faults.add({ name: 'wait', ms: 400, times: 99 })
+  const send = (signal: AbortSignal | null) => fetch(`${url}/identify`, {
+    method: 'POST', body: JSON.stringify(identity()), signal
+  }).then(answer => answer.status, () => 'gone')
+  const statuses = await Promise.all(Array.from({ length: 10 }, (_, index) => send(index % 2 ? AbortSignal.timeout(200) : null)))
+  t.same(statuses, Array.from({ length: 10 }, (_, index) => index % 2 ? 'gone' : 200))
+  await sleep(400)
+  t.equal(arrived(relay).flat().length, 10)
+  t.equal(relay.logged().filter(line => line.msg === 'answered' && line.insert_id !== undefined).length, 10)
+  t.equal(relay.relay.state().waiting, 0)
+})
+
+t.test('close waits for what is accepted, its caller gone or not', async t => {
+  const relay = await startRelay(t)
+  relay.sandbox.faults.add({ name: 'edge_down' })
+  const verdict = relay.relay.identify(relay.relay.accept(identity()))
+  await sleep(30)
+  await relay.app.close()
+  t.same(await verdict, { code: 'accepted' })
+})
+
+t.test('Mixpanel hangs: all are answered within their deadline, the rest at once, and it heals by itself', async t => {
+  const relay = await startRelay(t, { MAX_IN_FLIGHT: '100', MIXPANEL_TIMEOUT_MS: '300', DEADLINE_MS: '1000', MAX_BATCH: '2' })
+  relay.sandbox.faults.add({ name: 'hang', times: 1000 })
+  const started = Date.now()
+  const answers = await Promise.all(Array.from({ length: 200 }, () => relay.post(identity())))
+  t.ok(Date.now() - started < 2500, 'within the deadline')
+  const codes = answers.map(answer => answer.json().code)
+  t.equal(codes.filter(code => code === 'overloaded').length, 100)
+  t.same(codes.filter(code => !['overloaded', 'mixpanel_timed_out', 'mixpanel_unavailable'].includes(code)), [])
+  const refused = await relay.post(identity())
+  t.match(refused.json(), { status: 503, code: 'mixpanel_unavailable', retryable: true })
+  t.match(refused.headers['retry-after'], /^\d+$/)
+  t.match((await relay.inject({ url: '/readyz?verbose' })).json(), { status: 'ready', parts: { mixpanel: 'unavailable' } })
+  const asked = relay.sandbox.requests.length
+  await Promise.all(Array.from({ length: 50 }, () => relay.post(identity())))
+  t.ok(relay.sandbox.requests.length <= asked + 1, 'it is left alone but for probes')
+  relay.sandbox.faults.clear()
+  let status = 0
+  for (let tries = 0; status !== 200 && tries < 100; tries++) {
+    await sleep(100)
+    status = (await relay.post(identity())).statusCode
+  }
+  t.equal(status, 200)
+  t.same(new Set((await Promise.all(Array.from({ length: 50 }, () => relay.post(identity())))).map(answer => answer.statusCode)), new Set([200]))
+})
+
+t.test('an outage costs Mixpanel little', async t => {
+  const relay = await startRelay(t, { MAX_BATCH: '1' })
+  relay.sandbox.faults.add({ name: 'edge_down', times: 10_000 })
+  const started = Date.now()
+  for (let round = 0; round < 20; round++) await Promise.all(Array.from({ length: 50 }, () => relay.post(identity())))
+  const probes = 1 + Math.ceil(Math.log2((Date.now() - started) / 1000 + 1))
+  t.ok(relay.sandbox.requests.length <= 1.2 * 1000 + probes, `${relay.sandbox.requests.length} requests for 1000 callers`)
+})
+
+t.test('/identify/batch: a verdict for each', async t => {
+  const relay = await startRelay(t)
+  const batch = (identities: unknown, type = 'application/json') => relay.inject({
+    method: 'POST', url: '/identify/batch', payload: JSON.stringify({ identities }), headers: { 'content-type': type }
+  })
+  const good = await batch(Array.from({ length: 2000 }, () => identity()))
+  t.equal(good.statusCode, 200)
+  t.same(good.json().results[1999], { index: 1999, status: 'accepted' })
+  t.equal(good.json().results.length, 2000)
+  t.equal(relay.sandbox.ledger.rows().length, 2000)
+  t.ok(relay.sandbox.requests.length <= 60)
+
+  relay.sandbox.requests.length = 0
+  const mixed = await batch([identity(), identity({ identified_id: 'null', token: 'x' }), 7, identity({ anon_id: undefined }), identity()])
+  t.equal(mixed.statusCode, 207)
+  t.match(mixed.json().results, [
+    { index: 0, status: 'accepted' },
+    { index: 1, status: 'failed', problem: { status: 400, code: 'invalid_request', errors: [{ pointer: '/token' }, { pointer: '/identified_id' }] } },
+    { index: 2, status: 'failed', problem: { code: 'invalid_request', errors: [{ pointer: '', detail: 'must be object' }] } },
+    { index: 3, status: 'failed', problem: { code: 'invalid_request', retryable: false, errors: [{ pointer: '/anon_id', detail: 'is required' }] } },
+    { index: 4, status: 'accepted' }
+  ])
+  t.equal(arrived(relay).flat().length, 2, 'invalid ones are not sent')
+  relay.sandbox.faults.add({ name: 'rate_limited', retry_after: '7' })
+  t.match((await batch([identity()])).json().results[0].problem, { status: 503, code: 'mixpanel_rate_limited', retryable: true })
+
+  for (const [body, pointer] of [[[], '/identities'], [Array(2001).fill(identity()), '/identities'], ['x', '/identities'], [undefined, '/identities']] as const) {
+    t.match((await batch(body)).json(), { status: 400, code: 'invalid_request', errors: [{ pointer }] })
+  }
+  t.match((await relay.inject({ method: 'POST', url: '/identify/batch', payload: { identities: [identity()], more: 1 } })).json(), { errors: [{ pointer: '/more' }] })
+  t.equal((await batch([identity()], 'text/plain')).statusCode, 200)
+  t.equal((await batch([identity({ properties: { a: 'x'.repeat(4_200_000) } })])).statusCode, 413)
+  t.match(relay.logged().find(line => line.route === '/identify/batch' && line.status === 207), { identities: 5, failed: 3 })
+  const small = await startRelay(t, { MAX_IN_FLIGHT: '3' })
+  const over = (await small.inject({ method: 'POST', url: '/identify/batch', payload: { identities: Array.from({ length: 5 }, () => identity()) } })).json()
+  t.same(over.results.map((result: { problem?: { code: string } }) => result.problem?.code ?? 'accepted'), ['accepted', 'accepted', 'accepted', 'overloaded', 'overloaded'])
+})
+
+t.test('the batcher: order, bounds, lateness, a send that throws', async t => {
+  const sent: number[][] = []
+  const batcher = createBatcher<number, string>({
+    send: async items => {
+      sent.push(items)
+      await sleep(30)
+      if (items.includes(13)) throw new Error('a bug')
+      return items.map(item => `result ${item}`)
+    },
+    maxBatch: 3,
+    maxSends: 1,
+    maxItems: 8,
+    maxWaitMs: 50,
+    late: () => 'late',
+    isAlone: item => item >= 100
+  })
+  await batcher.idle()
+  const results = [1, 2, 100, 3, 4, 5, 6, 7].map(item => batcher.add(item))
+  t.equal(batcher.add(8), undefined, 'a ninth does not fit')
+  t.equal(batcher.waiting(), 8)
+  t.same(await Promise.all(results), ['result 1', 'result 2', 'result 100', 'late', 'late', 'late', 'late', 'late'])
+  t.same(sent, [[1, 2], [100]])
+  const bug = [batcher.add(13), batcher.add(14)]
+  const idle = batcher.idle()
+  for (const result of bug) await t.rejects(result as Promise<string>, { message: 'a bug' })
+  await idle
+  t.equal(batcher.waiting(), 0)
+})
+
+t.test('the breaker: five failures open it, probes go one at a time, a success closes it', async t => {
+  const clock = t.capture(Date, 'now', () => now)
+  let now = 0
+  const breaker = createBreaker()
+  for (let failure = 0; failure < 5; failure++) {
+    t.equal(breaker.isOpen(), false)
+    t.equal(breaker.admits(), true)
+    breaker.record(false)
+  }
+  for (const seconds of [1, 2, 4, 8, 16, 30, 30]) {
+    t.equal(breaker.isOpen(), true)
+    t.equal(breaker.admits(), false)
+    t.equal(breaker.retryAfter(), seconds)
+    now += seconds * 1000
+    t.equal(breaker.admits(), true, 'a probe')
+    t.equal(breaker.admits(), false, 'only one')
+    breaker.record(false)
+  }
+  now += 30_000
+  t.equal(breaker.admits(), true)
+  breaker.record(true)
+  t.equal(breaker.isOpen(), false)
+  t.equal(breaker.admits(), true)
+  clock.restore()
+})
