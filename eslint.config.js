@@ -53,5 +53,6 @@ export default [
   mayImport('plugins/*.ts', 'config.ts', 'problem.ts', 'relay.ts'),
   mayImport('routes/*.ts', 'identity.ts', 'problem.ts', 'relay.ts', 'verdict.ts'),
   mayImport('app.ts', 'config.ts', 'problem.ts', 'relay.ts', 'plugins/[a-z]+.ts', 'routes/[a-z]+.ts'),
-  mayImport('server.ts', 'app.ts', 'config.ts', 'mixpanel.ts', 'relay.ts')
+  mayImport('openapi.ts', 'app.ts', 'config.ts', 'problem.ts', 'relay.ts'),
+  mayImport('server.ts', 'app.ts', 'config.ts', 'mixpanel.ts', 'openapi.ts', 'relay.ts')
 ]

@@ -34,7 +34,10 @@ const contestants = {
 /** Its configuration, or undefined where it is not installed. */
 function nginx () {
   const found = ['/usr/sbin/nginx', '/usr/bin/nginx'].find(path => spawnSync(path, ['-v']).status === 0)
-  if (found === undefined) return console.log('nginx is not installed here: left out'), undefined
+  if (found === undefined) {
+    console.log('nginx is not installed here: left out')
+    return undefined
+  }
   const folder = mkdtempSync(join(tmpdir(), 'bench-nginx-'))
   writeFileSync(join(folder, 'nginx.conf'), `daemon off; worker_processes 1; pid ${folder}/pid; error_log /dev/null;
     events { worker_connections 4096; }
@@ -135,7 +138,8 @@ function table (results) {
   const head = ['', 'identities/s', 'CPU µs each', '× bare', 'p50 ms', 'p99 ms', 'memory MB', 'upstream per 1000', 'start ms', 'generator CPU']
   const rows = names.map(name => {
     const { rate, cpu, p50, p99, mb, requests, startMs, generator } = results[name]
-    return [name, rate.toFixed(0), cpu.toFixed(1), (cpu / bare.cpu).toFixed(2), p50.toFixed(1), p99.toFixed(1), mb.toFixed(0), requests.toFixed(0), startMs.toFixed(0), generator.toFixed(2)]
+    return [name, rate.toFixed(0), cpu.toFixed(1), (cpu / bare.cpu).toFixed(2), p50.toFixed(1), p99.toFixed(1), mb.toFixed(0),
+      requests.toFixed(0), startMs.toFixed(0), generator.toFixed(2)]
   })
   const widths = head.map((title, column) => Math.max(title.length, ...rows.map(row => row[column].length)))
   const line = row => `| ${row.map((cell, column) => column === 0 ? cell.padEnd(widths[0]) : cell.padStart(widths[column])).join(' | ')} |`
@@ -168,7 +172,7 @@ const overload = await withContestant(small, narrow, async pid => {
 const { capacity, four, mb } = overload
 console.log(`
 4 × overload (an upstream that takes 8 requests at a time, MAX_BATCH=5, MAX_IN_FLIGHT=150)
-capacity ${capacity.ok.toFixed(0)}/s; offered ${(capacity.ok * 4).toFixed(0)}/s: accepted ${four.ok.toFixed(0)}/s (${(four.ok / capacity.ok * 100).toFixed(0)} %), refused ${four.refused.toFixed(0)}/s
+capacity ${capacity.ok.toFixed(0)}/s; offered ${(capacity.ok * 4).toFixed(0)}/s: accepted ${four.ok.toFixed(0)}/s, refused ${four.refused.toFixed(0)}/s
 accepted p50 ${four.p50.toFixed(1)} ms, p99 ${four.p99.toFixed(1)} ms; refusals p50 ${four.refusedP50.toFixed(1)} ms, p99 ${four.refusedP99.toFixed(1)} ms; memory ${mb.map(value => value.toFixed(0)).join(' → ')} MB`)
 
 const zero = tables[0]

@@ -1,5 +1,4 @@
 import { isUtf8 } from 'node:buffer'
-import swagger from '@fastify/swagger'
 import Fastify, { type FastifyInstance, type FastifyRequest } from 'fastify'
 import type { Logger } from 'pino'
 import type { Config } from './config.ts'
@@ -24,6 +23,15 @@ const REQUEST_TIMEOUT_MS = 10_000
 /** Longer than the idle time of common load balancers (60 s), or they meet a connection that is just being closed. */
 const KEEP_ALIVE_MS = 65_000
 
+export interface Dependencies {
+  relay: Relay
+  logger: Logger
+  /** The OpenAPI document, made when somebody asks for it. */
+  document: () => Promise<object>
+  /** Called before there is any route. */
+  prepare?: (app: FastifyInstance) => Promise<void>
+}
+
 /**
  * The path of an identity: a POST gets its id and is refused if two servers could read it in two ways (requests), if
  * the relay closes (draining), if a browser sends it from a foreign page (origins) or too often (limits). The body is
@@ -32,7 +40,7 @@ const KEEP_ALIVE_MS = 65_000
  *
  * Returns the app, not yet listening; `app.close()` lets requests in flight finish and then closes the relay.
  */
-export async function buildApp (config: Config, { relay, logger }: { relay: Relay, logger: Logger }) {
+export async function buildApp (config: Config, { relay, logger, document, prepare }: Dependencies) {
   const app: FastifyInstance = Fastify({
     genReqId: requestId,
     requestIdHeader: false,
@@ -63,7 +71,7 @@ export async function buildApp (config: Config, { relay, logger }: { relay: Rela
   await app.register(draining, { relay })
   await app.register(framing)
   await app.register(limits, { config })
-  await app.register(swagger, { openapi: about, refResolver: { buildLocalReference: schema => String(schema.$id) } })
+  await prepare?.(app)
   app.addSchema(Problem)
   app.setNotFoundHandler({ preHandler: app.rateLimit() }, async (request, reply) => {
     const url = request.url.split('?')[0] as string
@@ -72,23 +80,15 @@ export async function buildApp (config: Config, { relay, logger }: { relay: Rela
       ? reply.problem('not_found')
       : reply.header('allow', allowed.join(', ')).problem('method_not_allowed')
   })
+  // Nearly every answer is one constant or a problem; compiled serializers for the rest would only lengthen the start.
+  app.setSerializerCompiler(() => data => JSON.stringify(data))
   app.removeAllContentTypeParsers()
   app.addContentTypeParser(['application/json', 'text/plain'], { parseAs: 'buffer' }, parseJson(app))
 
   await app.register(operations, { relay })
-  await app.register(docs)
+  await app.register(docs, { document })
   await app.register(identify, { relay })
   return app
-}
-
-const about = {
-  openapi: '3.1.0',
-  info: {
-    title: 'Mixpanel identify relay',
-    version: '1',
-    license: { name: 'MIT', identifier: 'MIT' },
-    description: 'Takes two ids, adds the project token, and tells the truth about what Mixpanel said.'
-  }
 }
 
 /** JSON in UTF-8: Node would read other bytes as U+FFFD, and two users' ids could become one. */

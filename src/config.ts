@@ -66,7 +66,7 @@ export const Environment = Type.Object({
 export type Config = Readonly<Static<typeof Environment>>
 
 /** Variables that this version cannot honour. To ignore one in silence could leave open what its operator closed. */
-const UNSUPPORTED = /^(API_KEYS|JWT_[A-Z]+|METRICS_PORT|REDIS_URL)(_FILE)?$/
+const UNSUPPORTED = /^(API_KEYS|JWT_[A-Z_]+|METRICS_PORT|REDIS_URL)(_FILE)?$/
 
 /** The variables whose values are secrets; each may be replaced by `<NAME>_FILE`, the path of a file that holds it. */
 export const SECRETS = Object.entries<TSchema>(Environment.properties)

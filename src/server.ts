@@ -15,10 +15,7 @@ const commands = new Map(Object.entries({
   },
   /** Prints `openapi.yaml`. */
   async openapi (config: Config) {
-    const { app } = await start(config)
-    await app.ready()
-    console.log(app.swagger({ yaml: true }).trimEnd())
-    await app.close()
+    console.log((await describe(config)).yaml)
   }
 }))
 
@@ -48,14 +45,13 @@ process.on('exit', () => {
   log.stdout.flushSync()
 })
 
-async function start (config: Config) {
-  const logger = pino({ level: config.LOG_LEVEL, base: null }, log)
-  const relay = createRelay(config, createMixpanel(config), logger)
-  return { app: await buildApp(config, { relay, logger }), logger }
-}
+/** Loaded only when it is asked for. */
+const describe = async (config: Config) => (await import('./openapi.ts')).openapi(config)
 
 async function serve (config: Config): Promise<void> {
-  const { app, logger } = await start(config)
+  const logger = pino({ level: config.LOG_LEVEL, base: null }, log)
+  const relay = createRelay(config, createMixpanel(config), logger)
+  const app = await buildApp(config, { relay, logger, document: async () => (await describe(config)).document })
   // Signal 10 would open Node's inspector on loopback, which the neighbours in a pod share.
   process.on('SIGUSR1', () => {})
   const delay = config.SHUTDOWN_DELAY_MS + config.SHUTDOWN_TIMEOUT_MS + CLOSING_MS

@@ -135,6 +135,16 @@ t.test('Mixpanel hangs: all are answered within their deadline, the rest at once
   t.same(new Set((await Promise.all(Array.from({ length: 50 }, () => relay.post(identity())))).map(answer => answer.statusCode)), new Set([200]))
 })
 
+t.test('who waits in vain for his turn is told by the deadline, and never sent', async t => {
+  const relay = await startRelay(t, { DEADLINE_MS: '200', MAX_BATCH: '2' })
+  relay.sandbox.faults.add({ name: 'hang', times: 1000 })
+  const answers = await Promise.all(Array.from({ length: 100 }, () => relay.post(identity())))
+  t.same(new Set(answers.map(answer => answer.json().code)), new Set(['mixpanel_timed_out']))
+  t.ok(answers.some(answer => answer.json().code === 'mixpanel_timed_out'))
+  t.equal(relay.sandbox.requests.length, 16)
+  t.ok(relay.logged().some(line => line.cause === 'never sent'))
+})
+
 t.test('an outage costs Mixpanel little', async t => {
   const relay = await startRelay(t, { MAX_BATCH: '1' })
   relay.sandbox.faults.add({ name: 'edge_down', times: 10_000 })
@@ -202,12 +212,17 @@ t.test('the batcher: order, bounds, lateness, a send that throws', async t => {
   const results = [1, 2, 100, 3, 4, 5, 6, 7].map(item => batcher.add(item))
   t.equal(batcher.add(8), undefined, 'a ninth does not fit')
   t.equal(batcher.waiting(), 8)
+  await sleep(10)
+  t.equal(batcher.add(9), undefined, 'nor while it sends')
   t.same(await Promise.all(results), ['result 1', 'result 2', 'result 100', 'late', 'late', 'late', 'late', 'late'])
   t.same(sent, [[1, 2], [100]])
   const bug = [batcher.add(13), batcher.add(14)]
   const idle = batcher.idle()
+  await sleep(10)
+  const later = batcher.add(15)
   for (const result of bug) await t.rejects(result as Promise<string>, { message: 'a bug' })
   await idle
+  t.equal(await later, 'result 15')
   t.equal(batcher.waiting(), 0)
 })
 

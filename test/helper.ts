@@ -7,6 +7,7 @@ import type { Test } from 'tap'
 import { buildApp } from '../src/app.ts'
 import { readConfig } from '../src/config.ts'
 import { createMixpanel } from '../src/mixpanel.ts'
+import { openapi } from '../src/openapi.ts'
 import { createRelay } from '../src/relay.ts'
 import { createSandbox } from '../src/sandbox/app.ts'
 
@@ -45,7 +46,7 @@ export async function startRelay (t: Test, env: Env = {}, options: Parameters<ty
     }
   }))
   const relay = createRelay(config, createMixpanel(config), logger)
-  const app = await buildApp(config, { relay, logger })
+  const app = await buildApp(config, { relay, logger, document: async () => (await openapi(config)).document })
   t.teardown(() => app.close())
 
   async function inject (options: { method?: string, url: string, headers?: Env, payload?: unknown, remoteAddress?: string }) {

@@ -1,10 +1,10 @@
 import { randomUUID } from 'node:crypto'
 import { t } from 'tap'
-import { identity, leaks, startRelay, TOKEN } from './helper.ts'
+import { identity, leaks, startRelay, startSandbox, TOKEN } from './helper.ts'
 import { readConfig } from '../src/config.ts'
 import { identifyEvent } from '../src/event.ts'
 import { baseUrl, createMixpanel } from '../src/mixpanel.ts'
-import { interpretError } from '../src/verdict.ts'
+import { interpretBody, interpretError } from '../src/verdict.ts'
 import type { Received } from '../src/sandbox/app.ts'
 
 const UUID = '5f0c8a1e-6a0b-4d53-9d3c-0a1f6f2b7c11'
@@ -86,6 +86,7 @@ t.test('every broken field is named, and nothing is sent', async t => {
     ...['token', 'time', 'distinct_id', '$insert_id', '$anon_id', '$anon_distinct_id', '$ignore', 'bucket', 'mp_lib', 'ip'
     ].map(name => [{ properties: { [name]: 1 } }, [`/properties/${name}`]] as [unknown, string[]]),
     [{ properties: nested(4) }, ['/properties/a']],
+    [{ properties: { a: { ['x'.repeat(256)]: 1 } } }, ['/properties/a']],
     [{ properties: { a: [[[]]] } }, ['/properties/a']],
     [{ properties: { a: Array(255).fill(0) } }, ['/properties/a']],
     [{ identified_id: 'null', anon_id: 'x', distinct_id: 'y', more: 1, properties: { token: 1, ok: 1, $ignore: true } },
@@ -139,7 +140,7 @@ t.test('what Mixpanel answers decides the status', async t => {
     ['reset', 502, 'mixpanel_unreachable', 2],
     ['short_body', 502, 'mixpanel_unreachable', 2],
     ['huge_failure', 502, 'mixpanel_unreachable', 2],
-    ['temporary_failure', 502, 'mixpanel_unreachable', 2],
+    ['temporary_failure', 502, 'mixpanel_unreachable', 3],
     ['null_body', 502, 'mixpanel_misanswered', 2],
     ['empty', 502, 'mixpanel_misanswered', 2],
     ['html', 502, 'mixpanel_misanswered', 2],
@@ -157,6 +158,7 @@ t.test('what Mixpanel answers decides the status', async t => {
     ['forbidden', 502, 'mixpanel_rejected_credentials', 1],
     ['hang', 504, 'mixpanel_timed_out', 2],
     ['drip', 504, 'mixpanel_timed_out', 2],
+    ['bad_request', 422, 'refused_by_mixpanel', 1],
     ['refused', 422, 'refused_by_mixpanel', 2],
     ['mute_zero', 422, 'refused_by_mixpanel', 2]
   ]
@@ -186,13 +188,13 @@ t.test('the reason for a refusal comes back, without the token', async t => {
   t.equal(sandbox.requests[0]?.body, sandbox.requests[1]?.body)
   sandbox.faults.add({ name: 'refused' })
   t.equal((await post(identity())).json().status, 'accepted', 'a 0 that turns into a 1 was a passing one')
-  sandbox.faults.add({ name: 'refused' }, { name: 'edge_down' })
+  sandbox.faults.add({ name: 'refused' }, { name: 'edge_down', times: 2 })
   t.match((await post(identity())).json(), { code: 'refused_by_mixpanel', detail: /no reason/ })
-  sandbox.faults.add({ name: 'echo', times: 2 })
+  sandbox.faults.add({ name: 'echo' })
   const { detail } = (await post(identity())).json()
   t.match(detail, /\*\*\*/, 'what Mixpanel quotes is masked')
   t.ok(detail.length <= 500)
-  sandbox.faults.add({ name: 'long_echo', times: 2 })
+  sandbox.faults.add({ name: 'long_echo' })
   const cut = (await post(identity())).json().detail
   t.notMatch(cut, /CANARY/, 'not even a part of it is left where the reason is cut')
 })
@@ -245,7 +247,7 @@ t.test('with MAX_IN_FLIGHT identities waiting the next one is refused at once', 
   t.match(refused.json(), { status: 503, code: 'overloaded', retryable: true })
   t.match(refused.headers, { 'retry-after': '1' })
   for (const answer of await Promise.all(waiting)) t.equal(answer.statusCode, 200)
-  t.equal(sandbox.requests.length, 2)
+  t.equal(sandbox.ledger.rows().length, 2)
 })
 
 t.test('strict=1 asks Mixpanel to validate, dry_run=1 sends nothing', async t => {
@@ -303,6 +305,27 @@ t.test('a gateway with a path, and the three regions', async t => {
   const gateway = createMixpanel(readConfig({ MIXPANEL_TOKEN: 'x', MIXPANEL_URL: 'http://gw.example/mixpanel/' }, () => ''))
   t.teardown(gateway.close)
   t.equal(gateway.encode([identifyEvent(identity(), 0)]).path, '/mixpanel/track?ip=0')
+})
+
+t.test('records that Mixpanel names, or does not', async t => {
+  const answer = (...records: unknown[]) => interpretBody(400, JSON.stringify({ code: 400, error: 'some failed', failed_records: records }))
+  const reason = 'one; two'
+  t.match(answer({ index: 3, message: 'one' }, { index: 3, message: 'two' }), { reason, records: new Map([[3, reason]]) })
+  t.match(answer({ message: 'one' }, 'two'), { reason, records: undefined })
+  t.match(interpretBody(200, '{"code":200,"num_records_imported":0,"status":"OK"}'), { code: 'mixpanel_misanswered' })
+})
+
+t.test('a request that could not be sent in time is not sent late', async t => {
+  const sandbox = await startSandbox(t)
+  const mixpanel = createMixpanel(readConfig({ MIXPANEL_TOKEN: TOKEN, MIXPANEL_URL: sandbox.url }, () => ''))
+  t.teardown(mixpanel.close)
+  sandbox.faults.add({ name: 'hang', times: 64 })
+  const request = mixpanel.encode([identifyEvent(identity(), 0)])
+  const busy = Array.from({ length: 64 }, () => mixpanel.send(request, 400))
+  t.match(await mixpanel.send(request, 100), { code: 'mixpanel_timed_out' })
+  t.equal(new Set((await Promise.all(busy)).map(verdict => verdict.code)).size, 1)
+  t.match(await mixpanel.send(mixpanel.encode([identifyEvent(identity(), 0)], { verbose: true }), 1000), { code: 'refused_by_mixpanel' })
+  t.equal(sandbox.requests.length, 65)
 })
 
 t.test('errors that no local server can provoke', async t => {

@@ -2,6 +2,7 @@ import { readFileSync } from 'node:fs'
 import { connect, type Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
+import { parse } from 'yaml'
 import { identity, leaks, startProcess, startSandbox, TOKEN, type Env } from './helper.ts'
 
 const SERVER = 'dist/server.js'
@@ -45,7 +46,9 @@ t.test('check-config says where it would relay to', async t => {
 
 t.test('SIGTERM: not ready at once, in flight answered, exit 0', async t => {
   const { child, exit, output, post, sandbox, url } = await startServer(t, { SHUTDOWN_DELAY_MS: '600' })
-  t.equal((await post()).status, 200)
+  const burst = await Promise.all(Array.from({ length: 100 }, () => post()))
+  t.ok(burst.every(answer => answer.status === 200))
+  t.same(await (await fetch(`${url}/openapi.json`)).json(), parse(readFileSync('openapi.yaml', 'utf8')))
   const port = new URL(url).port
   const health = startProcess(t, SERVER, ['healthcheck'], { MIXPANEL_TOKEN: TOKEN, PORT: port })
   t.equal(await health.exit, 0)
@@ -63,7 +66,8 @@ t.test('SIGTERM: not ready at once, in flight answered, exit 0', async t => {
   t.equal((await post()).status, 200, 'who has not heard of it yet is served')
   for (const answer of await Promise.all(waiting)) t.equal(answer.status, 200)
   t.equal(await exit, 0)
-  t.equal(sandbox.ledger.rows().length, 7)
+  t.equal(sandbox.ledger.rows().length, 106)
+  t.equal(output().split('"route":"/identify"').length - 1, 106, 'no log line is lost')
   t.notMatch(output(), /inspector|Debugger listening/)
   t.same(leaks(output()), [])
 })
@@ -121,6 +125,7 @@ t.test('the demo shows the job, serves, and ends with Ctrl-C', async t => {
   await until(/Ctrl-C ends it/)
   const answer = await fetch(`${url}/identify`, { method: 'POST', body: JSON.stringify(identity()) })
   t.same(await answer.json(), { status: 'accepted' })
+  t.equal((await fetch(`${url}/openapi.json`)).status, 200)
   const taken = startProcess(t, 'dist/sandbox/demo.js', [], { PORT: new URL(url as string).port })
   t.equal(await taken.exit, 1)
   t.match(taken.output(), /PORT=18080 npm run demo/)

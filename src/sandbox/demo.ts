@@ -3,6 +3,7 @@ import { pino } from 'pino'
 import { buildApp } from '../app.ts'
 import { readConfig } from '../config.ts'
 import { createMixpanel } from '../mixpanel.ts'
+import { openapi } from '../openapi.ts'
 import { createRelay } from '../relay.ts'
 import { createSandbox } from './app.ts'
 
@@ -18,7 +19,7 @@ const config = readConfig({
 }, () => '')
 const logger = pino({ level: 'error' })
 const relay = createRelay(config, createMixpanel(config), logger)
-const app = await buildApp(config, { relay, logger })
+const app = await buildApp(config, { relay, logger, document: async () => (await openapi(config)).document })
 const url = await app.listen({ host: config.HOST, port: config.PORT }).catch(async (error: Error) => {
   console.error(`${error.message}\nTry another one: PORT=18080 npm run demo`)
   return process.exit(1)

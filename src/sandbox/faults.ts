@@ -32,6 +32,7 @@ export const FAULTS = {
   no_content: answer(204, 'text/plain', ''),
   html: answer(200, 'text/html', '<html><body>Welcome to the hotel WiFi</body></html>'),
   gzip: answer(200, 'text/plain', gzipSync('1'), { 'content-encoding': 'gzip' }),
+  bad_request: answer(400, 'text/html', '<html><title>400 Bad Request</title></html>'),
   unauthorized: answer(401, 'application/json', '{"code":401,"error":"Invalid credentials","status":"Unauthorized"}'),
   forbidden: answer(403, 'text/html', '<html><title>403 Forbidden</title>Your client does not have permission</html>'),
   too_large: answer(413, 'text/html', '<html><title>413 Request Entity Too Large</title></html>'),
