@@ -24,7 +24,7 @@ const CLOSING_MS = 1000
 
 /** A write costs as much as many lines do, so lines wait for others; a crash that runs no code loses them. */
 const LOG_DELAY_MS = 100
-const LOG_CHUNK = 8192
+const LOG_CHUNK = 32_768
 
 /** Where the log goes: many lines in one asynchronous write, and at the end of the process none is missing. */
 const log = {

@@ -55,7 +55,7 @@ export const identify: FastifyPluginAsyncTypebox<{ relay: Relay }> = async (app,
       consumes,
       body: Identity,
       querystring: Query,
-      response: { 200: Type.Union([Accepted, Preview]), ...problemResponses() }
+      response: { 200: Type.Union([Accepted, Preview], { description: Accepted.description }), ...problemResponses() }
     }
   }, async (request, reply) => {
     const errors = brokenRules(request.body)
