@@ -52,8 +52,9 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log) {
       const isMute = verdict.code === 'refused_by_mixpanel' && verdict.reason === undefined
       return [isMute && !isSearch ? await explain(items, verdict) : verdict]
     }
-    if (verdict.code === 'refused_by_mixpanel' && verdict.records !== undefined) {
-      const { records } = verdict
+    const { records, imported } = verdict.code === 'refused_by_mixpanel' ? verdict : {}
+    // Only if Mixpanel says that it took the others.
+    if (records !== undefined && imported === items.length - records.size) {
       return items.map((_, index) => records.has(index)
         ? { code: 'refused_by_mixpanel', reason: records.get(index) }
         : { code: 'accepted' })

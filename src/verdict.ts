@@ -1,11 +1,17 @@
 /**
  * What became of an identity, or of all that travelled in one request. `cause` is for the log (a status or an error
  * code, never a secret); `again` says that the same bytes sent once more may help right away; `retryAfter` is in
- * seconds; `records` has, where Mixpanel named them, the refused ones' reasons by index: the others were accepted.
+ * seconds; `records` has, where Mixpanel named them, the refused ones' reasons by index, and `imported` how many others
+ * it says it took.
  */
 export type Verdict =
   | { code: 'accepted' }
-  | { code: 'refused_by_mixpanel', reason?: string | undefined, records?: Map<number, string> | undefined }
+  | {
+    code: 'refused_by_mixpanel',
+    reason?: string | undefined,
+    records?: Map<number, string> | undefined
+    imported?: unknown
+  }
   | { code: 'mixpanel_unreachable' | 'mixpanel_misanswered' | 'mixpanel_timed_out', cause: string, again: boolean }
   | { code: 'mixpanel_rejected_credentials', cause: string }
   | { code: 'mixpanel_rate_limited', cause: string, retryAfter: number }
@@ -39,8 +45,9 @@ export function interpretBody (status: number, text: string): Verdict {
     return { code: 'mixpanel_unreachable', cause: TEMPORARY, again: true }
   }
   const refused = status === 400 || reason !== undefined || answer === 0 || word === 0
-  if (refused) return { code: 'refused_by_mixpanel', reason, records: reasonsByIndex(records) }
-  if (answer === 1 || word === 1 || (code === 200 && words.num_records_imported !== 0)) return { code: 'accepted' }
+  const imported = words.num_records_imported
+  if (refused) return { code: 'refused_by_mixpanel', reason, records: reasonsByIndex(records), imported }
+  if (answer === 1 || word === 1 || (code === 200 && imported !== 0)) return { code: 'accepted' }
   return { code: 'mixpanel_misanswered', cause: 'neither 1 nor 0', again: true }
 }
 

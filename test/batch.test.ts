@@ -67,6 +67,14 @@ t.test('a 0 for many condemns only the guilty, each with Mixpanel\'s reason', as
   }
 })
 
+t.test('records are believed only if Mixpanel took the others', async t => {
+  const relay = await startRelay(t, { MIXPANEL_STRICT: '1' })
+  relay.sandbox.faults.add({ name: 'names_one_takes_none' })
+  const answers = await Promise.all(Array.from({ length: 10 }, () => relay.post(identity())))
+  t.same(new Set(answers.map(answer => answer.statusCode)), new Set([200]))
+  t.equal(relay.sandbox.ledger.rows().length, 10, 'they were sent again, and taken')
+})
+
 t.test('413 for an array: it is halved', async t => {
   const relay = await startRelay(t)
   relay.sandbox.faults.add({ name: 'too_large', times: 3 })

@@ -17,9 +17,9 @@ const Query = Type.Object({
   dry_run: Flag('`1`: answers the event that would be sent, its token masked, and sends nothing.')
 }, { additionalProperties: false })
 
-const Accepted = Type.Object({ status: Type.Literal('accepted') }, {
-  description: 'Mixpanel accepted the event, which does not mean that it has merged or will merge the two ids.'
-})
+const MEANING = 'Mixpanel accepted the event, which does not mean that it has merged or will merge the two ids.'
+
+const Accepted = Type.Object({ status: Type.Literal('accepted') })
 
 /** The answer to nearly every request, as Fastify would write it. */
 const ACCEPTED = JSON.stringify({ status: 'accepted' })
@@ -55,7 +55,7 @@ export const identify: FastifyPluginAsyncTypebox<{ relay: Relay }> = async (app,
       consumes,
       body: Identity,
       querystring: Query,
-      response: { 200: Type.Union([Accepted, Preview], { description: Accepted.description }), ...problemResponses() }
+      response: { 200: Type.Union([Accepted, Preview], { description: MEANING }), ...problemResponses() }
     }
   }, async (request, reply) => {
     const errors = brokenRules(request.body)

@@ -33,6 +33,9 @@ export const FAULTS = {
   html: answer(200, 'text/html', '<html><body>Welcome to the hotel WiFi</body></html>'),
   gzip: answer(200, 'text/plain', gzipSync('1'), { 'content-encoding': 'gzip' }),
   bad_request: answer(400, 'text/html', '<html><title>400 Bad Request</title></html>'),
+  names_one_takes_none: answer(400, 'application/json', JSON.stringify({
+    code: 400, error: 'some failed', failed_records: [{ index: 0, message: 'bad' }], num_records_imported: 0
+  })),
   unauthorized: answer(401, 'application/json', '{"code":401,"error":"Invalid credentials","status":"Unauthorized"}'),
   forbidden: answer(403, 'text/html', '<html><title>403 Forbidden</title>Your client does not have permission</html>'),
   too_large: answer(413, 'text/html', '<html><title>413 Request Entity Too Large</title></html>'),
