@@ -2,6 +2,8 @@ export interface BatcherOptions<Item, Result> {
   /** Sends 1 to `maxBatch` items; resolves with a result for each, in order. A rejection reaches every caller. */
   send: (items: Item[]) => Promise<Result[]>
   maxBatch: number
+  /** While fewer sends than these are under way, nothing waits. */
+  freeSends: number
   /** How many sends may be under way at a time. */
   maxSends: number
   /** How many items may wait, those being sent included. */
@@ -23,13 +25,14 @@ interface Entry<Item, Result> {
 /**
  * Merges concurrent calls into one, as a database groups commits; knows nothing of what it carries.
  *
- * When does a batch leave? While fewer than `maxSends` are under way: as soon as the event loop has read what came
+ * When does a batch leave? While fewer than `freeSends` are under way: as soon as the event loop has read what came
  * together with it, which for a lone item is at once. Otherwise when one of the sends ends, with what came meanwhile,
- * up to `maxBatch`. Nothing waits for a batch to fill, so idle callers see no delay, and the slower the sends and the
- * more the callers, the larger the batches. A caller who goes away changes nothing: his item is sent with its batch.
+ * or when it is full (or holds one that travels alone) and fewer than `maxSends` are under way. No timer fills a batch,
+ * so few callers see no delay, and the slower the sends and the more the callers, the larger the batches. A caller who
+ * goes away changes nothing: his item is sent with its batch.
  */
 export function createBatcher<Item, Result> (options: BatcherOptions<Item, Result>) {
-  const { send, maxBatch, maxSends, maxItems, maxWaitMs, late, isAlone } = options
+  const { send, maxBatch, freeSends, maxSends, maxItems, maxWaitMs, late, isAlone } = options
   const queue: Entry<Item, Result>[] = []
   let items = 0
   let sends = 0
@@ -37,18 +40,17 @@ export function createBatcher<Item, Result> (options: BatcherOptions<Item, Resul
   let expiry: NodeJS.Timeout | undefined
   let onIdle = () => {}
 
-  function schedule (): void {
-    if (isScheduled || sends >= maxSends) return
-    isScheduled = true
-    setImmediate(dispatch)
+  /** True if what is first in the queue may leave now. */
+  function mayLeave ([first] = queue): boolean {
+    if (first === undefined || sends >= maxSends) return false
+    return sends < freeSends || queue.length >= maxBatch || isAlone(first.item)
   }
 
   function dispatch (): void {
     isScheduled = false
-    for (let [first] = queue; first !== undefined && sends < maxSends; [first] = queue) {
-      const next = queue.findIndex(({ item }, index) => index > 0 && (index === maxBatch || isAlone(item)))
-      const end = isAlone(first.item) ? 1 : next === -1 ? Math.min(queue.length, maxBatch) : next
-      run(queue.splice(0, end))
+    while (mayLeave()) {
+      const next = queue.findIndex(({ item }, index) => index === maxBatch || isAlone(item))
+      run(queue.splice(0, next === -1 ? queue.length : Math.max(next, 1)))
     }
     watch()
   }
@@ -89,8 +91,10 @@ export function createBatcher<Item, Result> (options: BatcherOptions<Item, Resul
       items++
       return new Promise((resolve, reject) => {
         queue.push({ item, expires: Date.now() + maxWaitMs, resolve, reject })
-        schedule()
-        if (!isScheduled) watch()
+        if (isScheduled) return
+        isScheduled = mayLeave()
+        if (isScheduled) setImmediate(dispatch)
+        else watch()
       })
     },
     /** How many items wait, those being sent included. */

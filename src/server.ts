@@ -19,6 +19,9 @@ const commands = new Map(Object.entries({
   }
 }))
 
+/** With Node's 511 a burst of a thousand new connections waits a second for TCP to try again. */
+const BACKLOG = 4096
+
 /** What the last answers, the log and the connections may take after the callers' own time is up. */
 const CLOSING_MS = 1000
 
@@ -69,7 +72,7 @@ async function serve (config: Config): Promise<void> {
   if (protocol === 'http:' && !isLoopback(hostname.replace(/^\[|\]$/g, ''))) {
     logger.warn('MIXPANEL_URL is not https: the token travels in the clear')
   }
-  const url = await app.listen({ host: config.HOST, port: config.PORT })
+  const url = await app.listen({ host: config.HOST, port: config.PORT, backlog: BACKLOG })
   logger.info({ mixpanel, endpoint: config.MIXPANEL_ENDPOINT }, `Server listening at ${url}`)
 }
 
