@@ -48,8 +48,9 @@ process.on('exit', () => {
   log.stdout.flushSync()
 })
 
-/** Loaded only when it is asked for. */
-const describe = async (config: Config) => (await import('./openapi.ts')).openapi(config)
+/** Loaded when it is first asked for, and made once. */
+let description: Promise<{ document: object, yaml: string }> | undefined
+const describe = (config: Config) => (description ??= import('./openapi.ts').then(({ openapi }) => openapi(config)))
 
 async function serve (config: Config): Promise<void> {
   const logger = pino({ level: config.LOG_LEVEL, base: null }, log)
