@@ -38,8 +38,7 @@ export function interpretBody (status: number, text: string): Verdict {
   const answer = parse(text)
   const { status: word, code, ...words } = Object(answer) as Record<string, unknown>
   const records = Array.isArray(words.failed_records) ? words.failed_records : []
-  // A 400 is never asked again for its reason.
-  const reason = reasonOf(records, words.error) ?? (status === 400 ? 'Mixpanel gave no reason for its 400.' : undefined)
+  const reason = reasonOf(records, words.error)
   // Seen live: a `0` that is Mixpanel's own passing fault, which only its words tell from a refusal.
   if (reason !== undefined && /temporary failure/i.test(reason)) {
     return { code: 'mixpanel_unreachable', cause: TEMPORARY, again: true }

@@ -67,6 +67,18 @@ t.test('a 0 for many condemns only the guilty, each with Mixpanel\'s reason', as
   }
 })
 
+t.test('a search on a slow Mixpanel neither condemns it nor overruns it', async t => {
+  const relay = await startRelay(t, { DEADLINE_MS: '1200', MIXPANEL_TIMEOUT_MS: '1000' })
+  relay.sandbox.faults.add({ name: 'slow_zero', ms: 250, times: 10_000 })
+  const answers = await Promise.all(Array.from({ length: 200 }, () => relay.post(identity())))
+  const codes = new Set(answers.map(answer => answer.json().code))
+  t.same([...codes].filter(code => !['refused_by_mixpanel', 'mixpanel_timed_out'].includes(code)), [])
+  t.ok(codes.has('refused_by_mixpanel'))
+  relay.sandbox.faults.clear()
+  await sleep(300)
+  t.equal((await relay.post(identity())).statusCode, 200, 'the breaker is closed')
+})
+
 t.test('records are believed only if Mixpanel took the others', async t => {
   const relay = await startRelay(t, { MIXPANEL_STRICT: '1' })
   relay.sandbox.faults.add({ name: 'names_one_takes_none' })
@@ -187,7 +199,17 @@ t.test('/identify/batch: a verdict for each', async t => {
   ])
   t.equal(arrived(relay).flat().length, 2, 'invalid ones are not sent')
   relay.sandbox.faults.add({ name: 'rate_limited', retry_after: '7' })
-  t.match((await batch([identity()])).json().results[0].problem, { status: 503, code: 'mixpanel_rate_limited', retryable: true })
+  const limited = await batch([identity()])
+  t.match(limited.json().results[0].problem, { status: 503, code: 'mixpanel_rate_limited', retryable: true })
+  t.equal(limited.headers['retry-after'], '7')
+  const sent = relay.sandbox.requests.length
+  for (const query of ['?dry_run=1', '?strict=1', '?x=1']) {
+    const answer = await relay.inject({ method: 'POST', url: `/identify/batch${query}`, payload: { identities: [identity()] } })
+    t.match(answer.json(), { status: 400, errors: [{ pointer: '', detail: /query parameter \w+ is not a known field/ }] })
+  }
+  t.equal(relay.sandbox.requests.length, sent, 'a merge cannot be undone: what is not understood is not sent')
+  t.match((await relay.inject({ method: 'POST', url: '/identify/batch', payload: { identities: [], x: 1 } })).json().errors,
+    [{ pointer: '/x' }, { pointer: '/identities' }])
 
   for (const [body, pointer] of [[[], '/identities'], [Array(2001).fill(identity()), '/identities'], ['x', '/identities'], [undefined, '/identities']] as const) {
     t.match((await batch(body)).json(), { status: 400, code: 'invalid_request', errors: [{ pointer }] })

@@ -87,25 +87,30 @@ export const identify: FastifyPluginAsyncTypebox<{ relay: Relay }> = async (app,
       summary: 'Up to 2000 identities, a verdict for each',
       consumes,
       body: Batch,
+      querystring: Type.Object({}, { additionalProperties: false }),
       response: { 200: Results, 207: Results, ...problemResponses() }
     }
   }, async (request, reply) => {
+    const whole: FieldError[] = []
     const broken = new Map<number, FieldError[]>()
     for (const { pointer, detail } of fieldErrors(request)) {
       const [, index, field] = /^\/identities\/(\d+)(.*)$/s.exec(pointer) ?? []
-      if (field === undefined) return reply.problem('invalid_request', { errors: [{ pointer, detail }] })
-      const errors = broken.get(Number(index)) ?? []
-      broken.set(Number(index), errors)
-      errors.push({ pointer: field, detail })
+      const errors = field === undefined ? whole : broken.get(Number(index)) ?? []
+      if (field !== undefined) broken.set(Number(index), errors)
+      errors.push({ pointer: field ?? pointer, detail })
     }
+    if (whole.length > 0) return reply.problem('invalid_request', { errors: whole })
+    let retryAfter = 0
     const results = await Promise.all(request.body.identities.map(async (identity, index) => {
       const errors = [...broken.get(index) ?? [], ...brokenRules(identity)]
       const verdict = errors.length === 0 ? await relay.identify(relay.accept(identity)) : undefined
       if (verdict?.code === 'accepted') return { index, status: verdict.code }
       const [code, extras]: [ProblemCode, Extras] = verdict ? asProblem(verdict) : ['invalid_request', { errors }]
+      retryAfter = Math.max(retryAfter, extras.retryAfter ?? 0)
       return { index, status: 'failed', problem: problemBody(code, request.id, extras) }
     }))
     const failed = results.filter(({ status }) => status === 'failed').length
+    if (retryAfter > 0) reply.header('retry-after', retryAfter)
     Object.assign(reply.logLine, { identities: results.length, failed })
     return reply.code(failed === 0 ? 200 : 207).send({ results })
   })

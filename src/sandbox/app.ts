@@ -33,7 +33,8 @@ export function createSandbox (options: EndpointOptions & LedgerOptions = {}) {
       FAULTS[fault.name as keyof typeof FAULTS](reply)
       return reply
     }
-    if (fault?.name === 'wait') await sleep(fault.ms)
+    if (fault?.name === 'wait' || fault?.name === 'slow_zero') await sleep(fault.ms)
+    if (fault?.name === 'slow_zero') return send(reply, { status: 200, body: '0' })
     if (fault?.name === 'reset_after') request.raw.socket.resetAndDestroy()
     if (fault?.name === 'close_idle') reply.raw.on('finish', () => setTimeout(() => request.raw.socket.destroy(), 20))
     return send(reply, respond())

@@ -58,10 +58,10 @@ export const FAULTS = {
   }
 }
 
-/** These let the request be processed; only the answer suffers. */
-export const LATE_FAULTS = ['reset_after', 'close_idle', 'wait'] as const
+/** These take time, or let the request be processed, and only the answer suffers. */
+export const LATE_FAULTS = ['reset_after', 'close_idle', 'wait', 'slow_zero'] as const
 
-/** `times` defaults to 1; `retry_after` goes into the answer's header; `ms` is for `wait`. */
+/** `times` defaults to 1; `retry_after` goes into the answer's header; `ms` is for `wait` and `slow_zero`. */
 export interface Fault {
   name: keyof typeof FAULTS | typeof LATE_FAULTS[number]
   times?: number

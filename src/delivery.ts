@@ -1,0 +1,124 @@
+import { setTimeout as sleep } from 'node:timers/promises'
+import { createBreaker } from './breaker.ts'
+import type { Config } from './config.ts'
+import type { IdentifyEvent } from './event.ts'
+import type { Mixpanel } from './mixpanel.ts'
+import { TEMPORARY, type Verdict } from './verdict.ts'
+
+/** What is said about the work; `pino` fits. */
+export type Log = Record<'warn' | 'debug', (what: object, message: string) => void>
+
+/** An event on its way. `deadline` (ms since the epoch) is its caller's; for a batch the first one's counts. */
+export interface Item { event: IdentifyEvent, isStrict: boolean, deadline: number }
+
+/** How many requests to Mixpanel may be under way at all: there are that many connections. */
+export const MAX_SENDS = 64
+
+/** Repeats under way: a fifth of the sends, but always a few, so that an outage does not double the traffic. */
+const RETRY_SHARE = 0.2
+const RETRY_MINIMUM = 3
+
+/** How a refused array is divided: by eight it takes 3 rounds from 50 to 1, where halves take 7. */
+const PARTS = 8
+
+export const NEVER_SENT: Verdict = { code: 'mixpanel_timed_out', cause: 'never sent', again: false }
+
+/** Brings batches to Mixpanel: sends, if need be repeats, and finds out who of a refused batch is meant. */
+export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
+  const breaker = createBreaker()
+  /** Those who wait for a place among the sends. */
+  const waiting: (() => void)[] = []
+  let sends = 0
+  let retries = 0
+  let lastVerdict: { code: Verdict['code'], at: number } | undefined
+
+  /** A verdict for each. `isSearch`: Mixpanel answered `0` to more than these, and the guilty are looked for. */
+  async function deliver (items: Item[], isSearch = false): Promise<Verdict[]> {
+    const verdict = await sendAndRepeat(items, isSearch && items.length === 1)
+    if (items.length === 1) {
+      const isMute = verdict.code === 'refused_by_mixpanel' && verdict.reason === undefined
+      return [isMute && !isSearch && config.MIXPANEL_ENDPOINT === 'track' ? await explain(items, verdict) : verdict]
+    }
+    const { records, imported } = verdict.code === 'refused_by_mixpanel' ? verdict : {}
+    // Only if Mixpanel says that it took the others.
+    if (records !== undefined && imported === items.length - records.size) {
+      return items.map((_, index) => records.has(index)
+        ? { code: 'refused_by_mixpanel', reason: records.get(index) }
+        : { code: 'accepted' })
+    }
+    // One answer for many condemns nobody: divide until each guilty one stands alone. That costs some requests for each
+    // of them, and the innocent, sent again, are the same bytes. 413: documentation names both 2 MiB and 10 MB.
+    if (verdict.code === 'refused_by_mixpanel' || ('cause' in verdict && verdict.cause === 'status 413')) {
+      const size = Math.ceil(items.length / PARTS)
+      const parts = Array.from({ length: Math.ceil(items.length / size) }, (_, part) =>
+        items.slice(part * size, (part + 1) * size))
+      return (await Promise.all(parts.map(part => deliver(part, true)))).flat()
+    }
+    return items.map(() => verdict)
+  }
+
+  /** Waits for one of MAX_SENDS places: a search must not take more of Mixpanel, or of its own time, than a batch. */
+  async function sendAndRepeat (items: Item[], isVerbose: boolean): Promise<Verdict> {
+    if (sends >= MAX_SENDS) await new Promise<void>(resolve => waiting.push(resolve))
+    else sends++
+    try {
+      return await sendInPlace(items, isVerbose)
+    } finally {
+      const next = waiting.shift()
+      if (next === undefined) sends--
+      else next()
+    }
+  }
+
+  async function sendInPlace (items: Item[], isVerbose: boolean): Promise<Verdict> {
+    const [{ deadline, isStrict }] = items as [Item]
+    if (Date.now() >= deadline) return NEVER_SENT
+    if (!breaker.admits()) return { code: 'mixpanel_unavailable', retryAfter: breaker.retryAfter() }
+    const request = mixpanel.encode(items.map(({ event }) => event), { strict: isStrict, verbose: isVerbose })
+    const time = () => Math.min(config.MIXPANEL_TIMEOUT_MS, deadline - Date.now())
+    const attempt = () => mixpanel.send(request, time())
+    // Late, because the caller's time was nearly up before: that says nothing of Mixpanel.
+    const isShort = time() < Math.min(config.MIXPANEL_TIMEOUT_MS, config.DEADLINE_MS) / 2
+    let verdict = await attempt()
+    breaker.record(!isOutage(verdict) || (isShort && verdict.code === 'mixpanel_timed_out'))
+    // Jitter, so that those who failed together do not come back together.
+    const pause = 50 + Math.random() * 250
+    if (isOutage(verdict) && mayRetry() && Date.now() + pause < deadline) {
+      log.warn({ code: verdict.code, cause: verdict.cause, identities: items.length }, 'sending once more')
+      retries++
+      await sleep(pause)
+      verdict = await attempt()
+      retries--
+      if (!isOutage(verdict)) breaker.record(true)
+    }
+    if (verdict.code === 'refused_by_mixpanel') log.debug({ reason: verdict.reason }, 'refused')
+    lastVerdict = { code: verdict.code, at: Date.now() }
+    return verdict
+  }
+
+  const mayRetry = () => !breaker.isOpen() && retries < Math.max(RETRY_MINIMUM, sends * RETRY_SHARE)
+
+  /** A bare `0` may mean anything, even a passing fault of Mixpanel's; with `verbose=1` it says which. */
+  async function explain (items: Item[], refused: Verdict): Promise<Verdict> {
+    const verdict = await sendAndRepeat(items, true)
+    const isAnswer = verdict.code === 'accepted' || verdict.code === 'refused_by_mixpanel' ||
+      (verdict.code === 'mixpanel_unreachable' && verdict.cause === TEMPORARY)
+    return isAnswer ? verdict : refused
+  }
+
+  return {
+    /** Resolves by the first item's deadline with a verdict for each, in their order; rejects only on a bug. */
+    deliver: (items: Item[]) => deliver(items),
+
+    /** For people: whether Mixpanel is asked, and what it said last. */
+    state: () => ({
+      mixpanel: breaker.isOpen() ? 'unavailable' : 'asked',
+      last_verdict: lastVerdict === undefined ? null : { ...lastVerdict, at: new Date(lastVerdict.at).toISOString() }
+    })
+  }
+}
+
+/** Mixpanel, or the way to it, failed: worth a repeat, and a reason to stop asking when it goes on. */
+function isOutage (verdict: Verdict): verdict is Extract<Verdict, { again: boolean }> {
+  return 'again' in verdict && verdict.again
+}
