@@ -292,7 +292,7 @@ t.test('slow clients are closed with 408 while others are served', async t => {
   }, 250)
   for (const answer of await answers) t.match(answer, /^HTTP\/1.1 408 .*application\/problem\+json/s)
   clearInterval(timer)
-  t.ok(Date.now() - started < 15_000, 'all of them, soon after ten seconds')
+  t.ok(Date.now() - started >= 9000, 'none before its ten seconds')
   t.ok(served > 20, 'and the others never noticed')
 })
 
