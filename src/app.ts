@@ -33,10 +33,11 @@ export interface Dependencies {
 }
 
 /**
- * The path of an identity: a POST gets its id and is refused if two servers could read it in two ways (requests), if
- * the relay closes (draining), if a browser sends it from a foreign page (origins) or too often (limits). The body is
- * parsed here and validated by routes/identify, which makes it an event and hands it to the relay; the relay encodes
- * it with the token and sends it (mixpanel), reads the answer (verdict), and the verdict becomes the answer (problem).
+ * The path of an identity: a POST gets its id (requests) and is refused if a browser sends it from a foreign page
+ * (origins), if the relay closes (draining), if two servers could read it in two ways (framing) or if its caller comes
+ * too often (limits). The body is parsed here and validated by routes/identify, which hands it to the relay. There it
+ * becomes an event and joins a batch (batcher), which is sent and if need be repeated (delivery), with the token
+ * (mixpanel); what came back is read (verdict), and each identity's verdict becomes its answer (problem).
  *
  * Returns the app, not yet listening; `app.close()` lets requests in flight finish and then closes the relay.
  */

@@ -41,7 +41,8 @@ export function createBatcher<Item, Result> (options: BatcherOptions<Item, Resul
   let onIdle = () => {}
 
   /** True if what is first in the queue may leave now. */
-  function mayLeave ([first] = queue): boolean {
+  function mayLeave (): boolean {
+    const [first] = queue
     if (first === undefined || sends >= maxSends) return false
     return sends < freeSends || queue.length >= maxBatch || isAlone(first.item)
   }
