@@ -10,6 +10,7 @@ import { answerBadUrl, answerClientError, problems } from './plugins/problems.ts
 import { requestId, requests } from './plugins/requests.ts'
 import { Problem } from './problem.ts'
 import type { Relay } from './relay.ts'
+import { batch } from './routes/batch.ts'
 import { docs } from './routes/docs.ts'
 import { identify } from './routes/identify.ts'
 import { operations } from './routes/operations.ts'
@@ -89,6 +90,7 @@ export async function buildApp (config: Config, { relay, logger, document, prepa
   await app.register(operations, { relay })
   await app.register(docs, { document })
   await app.register(identify, { relay })
+  await app.register(batch, { relay })
   return app
 }
 

@@ -2,22 +2,22 @@ export interface BatcherOptions<Item, Result> {
   /** Sends 1 to `maxBatch` items; resolves with a result for each, in order. A rejection reaches every caller. */
   send: (items: Item[]) => Promise<Result[]>
   maxBatch: number
-  /** While fewer sends than these are under way, nothing waits. */
-  freeSends: number
+  /** While fewer sends than these are under way, nothing waits. By default it never does. */
+  freeSends?: number
   /** How many sends may be under way at a time. */
-  maxSends: number
+  maxSends?: number
   /** How many items may wait, those being sent included. */
-  maxItems: number
-  /** How long an item may wait for its send; then it gets what `late` returns and is never sent. */
-  maxWaitMs: number
-  late: () => Result
+  maxItems?: number
+  /** How long an item may wait for its send; then it gets this result and is never sent. By default for ever. */
+  late?: { afterMs: number, result: Result }
   /** True for an item that shares its batch with no other. */
-  isAlone: (item: Item) => boolean
+  isAlone?: (item: Item) => boolean
 }
 
 interface Entry<Item, Result> {
   item: Item
-  expires: number
+  /** In ms since the epoch. */
+  since: number
   resolve: (result: Result) => void
   reject: (error: unknown) => void
 }
@@ -31,8 +31,9 @@ interface Entry<Item, Result> {
  * so few callers see no delay, and the slower the sends and the more the callers, the larger the batches. A caller who
  * goes away changes nothing: his item is sent with its batch.
  */
-export function createBatcher<Item, Result> (options: BatcherOptions<Item, Result>) {
-  const { send, maxBatch, freeSends, maxSends, maxItems, maxWaitMs, late, isAlone } = options
+export function createBatcher<Item, Result> ({
+  send, maxBatch, freeSends = Infinity, maxSends = Infinity, maxItems = Infinity, late, isAlone = () => false
+}: BatcherOptions<Item, Result>) {
   const queue: Entry<Item, Result>[] = []
   let items = 0
   let sends = 0
@@ -73,14 +74,15 @@ export function createBatcher<Item, Result> (options: BatcherOptions<Item, Resul
   /** Only one timer, for the first in the queue, and none while nothing has to wait. */
   function watch (): void {
     const [first] = queue
-    if (first !== undefined) expiry ??= setTimeout(expire, first.expires - Date.now())
+    if (first === undefined || late === undefined) return
+    expiry ??= setTimeout(() => expire(late), first.since + late.afterMs - Date.now())
   }
 
-  function expire (): void {
+  function expire ({ afterMs, result }: { afterMs: number, result: Result }): void {
     expiry = undefined
-    while (queue[0] !== undefined && queue[0].expires <= Date.now()) {
+    while (queue[0] !== undefined && queue[0].since + afterMs <= Date.now()) {
       items--
-      queue.shift()?.resolve(late())
+      queue.shift()?.resolve(result)
     }
     watch()
   }
@@ -91,7 +93,7 @@ export function createBatcher<Item, Result> (options: BatcherOptions<Item, Resul
       if (items >= maxItems) return undefined
       items++
       return new Promise((resolve, reject) => {
-        queue.push({ item, expires: Date.now() + maxWaitMs, resolve, reject })
+        queue.push({ item, since: Date.now(), resolve, reject })
         if (isScheduled) return
         isScheduled = mayLeave()
         if (isScheduled) setImmediate(dispatch)

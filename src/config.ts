@@ -58,7 +58,10 @@ export const Environment = Type.Object({
   ALLOW_ANONYMOUS: flag(),
   RATE_LIMIT_MAX: integer(1, 1_000_000_000, 600),
   RATE_LIMIT_WINDOW_MS: integer(1, 86_400_000, 60_000),
-  OUTBOX: oneOf(['off'], 'off'),
+  REDIS_URL: Type.Optional(secret('^rediss?://\\S+$', 'must be a redis:// or rediss:// URL')),
+  OUTBOX: Type.String({
+    default: 'off', pattern: '^(off|redis|file:.+)$', rule: 'must be off, redis or file:<directory>'
+  }),
   SHUTDOWN_DELAY_MS: integer(0, 600_000, 0),
   SHUTDOWN_TIMEOUT_MS: integer(1, 600_000, 10_000)
 })
@@ -66,7 +69,7 @@ export const Environment = Type.Object({
 export type Config = Readonly<Static<typeof Environment>>
 
 /** Variables that this version cannot honour. To ignore one in silence could leave open what its operator closed. */
-const UNSUPPORTED = /^(API_KEYS|JWT_[A-Z_]+|METRICS_PORT|REDIS_URL)(_FILE)?$/
+const UNSUPPORTED = /^(API_KEYS|JWT_[A-Z_]+|METRICS_PORT)(_FILE)?$/
 
 /** The variables whose values are secrets; each may be replaced by `<NAME>_FILE`, the path of a file that holds it. */
 export const SECRETS = Object.entries<TSchema>(Environment.properties)
@@ -105,6 +108,7 @@ function contradictions (config: Config, env: Env): string[] {
   if ((config.MIXPANEL_SERVICE_ACCOUNT === undefined) !== (config.MIXPANEL_PROJECT_ID === undefined)) {
     sentences.push('MIXPANEL_SERVICE_ACCOUNT and MIXPANEL_PROJECT_ID must be set together.')
   }
+  if (config.OUTBOX === 'redis' && config.REDIS_URL === undefined) sentences.push('OUTBOX=redis needs REDIS_URL.')
   const isOpen = Value.Check(Environment.properties.HOST, config.HOST) && !isLoopback(config.HOST)
   if (isOpen && config.ALLOW_ANONYMOUS !== true) {
     sentences.push('HOST is not a loopback address, so anyone who reaches it could merge identities for good: ' +

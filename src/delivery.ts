@@ -3,13 +3,19 @@ import { createBreaker } from './breaker.ts'
 import type { Config } from './config.ts'
 import type { IdentifyEvent } from './event.ts'
 import type { Mixpanel } from './mixpanel.ts'
-import { TEMPORARY, type Verdict } from './verdict.ts'
+import { isTooLarge, TEMPORARY, type Verdict } from './verdict.ts'
 
 /** What is said about the work; `pino` fits. */
 export type Log = Record<'warn' | 'debug', (what: object, message: string) => void>
 
-/** An event on its way. `deadline` (ms since the epoch) is its caller's; for a batch the first one's counts. */
-export interface Item { event: IdentifyEvent, isStrict: boolean, deadline: number }
+/** An event on its way. `deadline` (ms since the epoch) is its caller's; for a batch the earliest counts. */
+export interface Item {
+  event: IdentifyEvent
+  isStrict: boolean
+  deadline: number
+  /** Instead of MIXPANEL_ENDPOINT; the same for all of a batch. */
+  endpoint?: 'import' | undefined
+}
 
 /** How many requests to Mixpanel may be under way at all: there are that many connections. */
 export const MAX_SENDS = 64
@@ -22,6 +28,8 @@ const RETRY_MINIMUM = 3
 const PARTS = 8
 
 export const NEVER_SENT: Verdict = { code: 'mixpanel_timed_out', cause: 'never sent', again: false }
+
+export type Delivery = ReturnType<typeof createDelivery>
 
 /** Brings batches to Mixpanel: sends, if need be repeats, and finds out who of a refused batch is meant. */
 export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
@@ -37,7 +45,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     const verdict = await sendAndRepeat(items, isSearch && items.length === 1)
     if (items.length === 1) {
       const isMute = verdict.code === 'refused_by_mixpanel' && verdict.reason === undefined
-      return [isMute && !isSearch && config.MIXPANEL_ENDPOINT === 'track' ? await explain(items, verdict) : verdict]
+      return [isMute && !isSearch && endpointOf(items) === 'track' ? await explain(items, verdict) : verdict]
     }
     const { records, imported } = verdict.code === 'refused_by_mixpanel' ? verdict : {}
     // Only if Mixpanel says that it took the others.
@@ -48,7 +56,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     }
     // One answer for many condemns nobody: divide until each guilty one stands alone. That costs some requests for each
     // of them, and the innocent, sent again, are the same bytes. 413: documentation names both 2 MiB and 10 MB.
-    if (verdict.code === 'refused_by_mixpanel' || ('cause' in verdict && verdict.cause === 'status 413')) {
+    if (verdict.code === 'refused_by_mixpanel' || isTooLarge(verdict)) {
       const size = Math.ceil(items.length / PARTS)
       const parts = Array.from({ length: Math.ceil(items.length / size) }, (_, part) =>
         items.slice(part * size, (part + 1) * size))
@@ -71,10 +79,13 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
   }
 
   async function sendInPlace (items: Item[], isVerbose: boolean): Promise<Verdict> {
-    const [{ deadline, isStrict }] = items as [Item]
+    const [{ isStrict }] = items as [Item]
+    const deadline = Math.min(...items.map(item => item.deadline))
     if (Date.now() >= deadline) return NEVER_SENT
     if (!breaker.admits()) return { code: 'mixpanel_unavailable', retryAfter: breaker.retryAfter() }
-    const request = mixpanel.encode(items.map(({ event }) => event), { strict: isStrict, verbose: isVerbose })
+    const request = mixpanel.encode(items.map(({ event }) => event), {
+      endpoint: endpointOf(items), strict: isStrict, verbose: isVerbose
+    })
     const time = () => Math.min(config.MIXPANEL_TIMEOUT_MS, deadline - Date.now())
     const attempt = () => mixpanel.send(request, time())
     // Late, because the caller's time was nearly up before: that says nothing of Mixpanel.
@@ -96,6 +107,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     return verdict
   }
 
+  const endpointOf = ([first]: Item[]) => first?.endpoint ?? config.MIXPANEL_ENDPOINT
   const mayRetry = () => !breaker.isOpen() && retries < Math.max(RETRY_MINIMUM, sends * RETRY_SHARE)
 
   /** A bare `0` may mean anything, even a passing fault of Mixpanel's; with `verbose=1` it says which. */
@@ -107,7 +119,10 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
   }
 
   return {
-    /** Resolves by the first item's deadline with a verdict for each, in their order; rejects only on a bug. */
+    /** True while Mixpanel keeps failing and is asked by probes alone. */
+    isOpen: breaker.isOpen,
+
+    /** Resolves by the earliest deadline with a verdict for each, in their order; rejects only on a bug. */
     deliver: (items: Item[]) => deliver(items),
 
     /** For people: whether Mixpanel is asked, and what it said last. */

@@ -4,7 +4,7 @@ import type { Identity } from './identity.ts'
 /** A `$identify` event as accepted: without the token, and never changed afterwards, so that a repeat is harmless. */
 export interface IdentifyEvent {
   event: '$identify'
-  properties: Readonly<Record<string, unknown>> & { $insert_id: string }
+  properties: Readonly<Record<string, unknown>> & { $anon_id: string, $insert_id: string, time: number }
 }
 
 /**
@@ -26,4 +26,9 @@ export function identifyEvent (identity: Identity, now: number): IdentifyEvent {
       $insert_id: hash('sha256', `${anon}\n${identified}`).slice(0, 32)
     }
   }
+}
+
+/** Events of one key claim the same anonymous id: Mixpanel's SDKs add `$device:`, and a UUID has no case. */
+export function claimOf ({ properties }: IdentifyEvent): string {
+  return properties.$anon_id.replace('$device:', '').toLowerCase()
 }

@@ -1,3 +1,4 @@
+import { hash } from 'node:crypto'
 import { createRequire } from 'node:module'
 import type undici from 'undici'
 import type { Config } from './config.ts'
@@ -20,6 +21,11 @@ const MAX_ANSWER_BYTES = 65_536
 /** The base URL that the configuration names, without a slash at its end. */
 export function baseUrl (config: Pick<Config, 'MIXPANEL_URL' | 'MIXPANEL_REGION'>): string {
   return (config.MIXPANEL_URL ?? BASE_URLS[config.MIXPANEL_REGION]).replace(/\/+$/, '')
+}
+
+/** Tells projects apart where the token must not be: in the outbox, whose identities belong to one project for good. */
+export function projectOf ({ MIXPANEL_TOKEN: token }: Pick<Config, 'MIXPANEL_TOKEN'>): string {
+  return hash('sha256', `identify-relay:${token}`).slice(0, 12)
 }
 
 /** The only place that knows the token and Mixpanel's dialect. Whoever creates it must `close` it. */
@@ -61,10 +67,12 @@ export function createMixpanel (config: Config) {
      * The request for some events: one travels as an object, several as an array. `strict` asks Mixpanel to validate;
      * `verbose` asks `/track` for its reason in place of a bare `0`. `/import` always does both.
      */
-    encode (events: IdentifyEvent[], { strict = false, verbose = false } = {}): Encoded {
+    encode (
+      events: IdentifyEvent[], { endpoint = config.MIXPANEL_ENDPOINT, strict = false, verbose = false } = {}
+    ): Encoded {
       const list = events.map(({ event, properties }) =>
         `{"event":"${event}","properties":${JSON.stringify(properties).slice(0, -1)}${closing}`).join()
-      if (config.MIXPANEL_ENDPOINT === 'import') {
+      if (endpoint === 'import') {
         return {
           path: `${path}/import?strict=1${project === undefined ? '' : `&project_id=${project}`}`,
           headers: { 'content-type': 'application/json', authorization: basic },
@@ -121,7 +129,7 @@ export function createMixpanel (config: Config) {
       })
     }),
 
-    /** Waits for requests under way, then closes the connections. */
-    close: () => pool.close()
+    /** Closes the connections; a request that is still under way fails. */
+    close: () => pool.destroy()
   }
 }

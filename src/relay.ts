@@ -1,9 +1,11 @@
 import { createBatcher } from './batcher.ts'
 import type { Config } from './config.ts'
-import { createDelivery, MAX_SENDS, NEVER_SENT, type Item, type Log } from './delivery.ts'
+import { createDelivery, MAX_SENDS, NEVER_SENT, type Item } from './delivery.ts'
 import { identifyEvent, type IdentifyEvent } from './event.ts'
 import type { Identity } from './identity.ts'
+import { createKeeper, type Log } from './keeper.ts'
 import type { Mixpanel } from './mixpanel.ts'
+import type { Outbox } from './outbox/outbox.ts'
 import type { Verdict } from './verdict.ts'
 
 export type Relay = ReturnType<typeof createRelay>
@@ -15,8 +17,14 @@ export type Relay = ReturnType<typeof createRelay>
  */
 const FREE_SENDS = 6
 
-/** What happens to an identity once it is accepted: it joins a batch, the batch is delivered, each gets its verdict. */
-export function createRelay (config: Config, mixpanel: Mixpanel, log: Log) {
+/** How a caller wants it: validated by Mixpanel (`strict=1`), answered as soon as it is in the outbox (RFC 7240). */
+export interface Wishes { isStrict?: boolean, isAsync?: boolean }
+
+/**
+ * What happens to an identity once it is accepted: it joins a batch, the batch is delivered, each gets its verdict.
+ * With an outbox, what cannot be delivered now is kept and delivered later. The relay closes what it was given.
+ */
+export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbox?: Outbox) {
   const delivery = createDelivery(config, mixpanel, log)
   const batcher = createBatcher<Item, Verdict>({
     send: delivery.deliver,
@@ -25,19 +33,21 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log) {
     maxSends: MAX_SENDS,
     maxItems: config.MAX_IN_FLIGHT,
     // In the last tenth of its time a send would hardly be answered, and its failure would be counted as Mixpanel's.
-    maxWaitMs: config.DEADLINE_MS * 0.9,
-    late: () => NEVER_SENT,
+    late: { afterMs: config.DEADLINE_MS * 0.9, result: NEVER_SENT },
     isAlone: item => item.isStrict
   })
+  const send = (item: Item): Promise<Verdict> =>
+    batcher.add(item) ?? Promise.resolve({ code: 'overloaded', retryAfter: 1 })
+  const keeper = outbox && createKeeper(config, { outbox, send, delivery, log })
 
   return {
     /**
      * Resolves with the identity's own verdict within DEADLINE_MS; rejects only on a bug. With MAX_IN_FLIGHT identities
-     * waiting it is `overloaded` at once. A caller who goes away stops nothing: what is accepted is sent.
+     * waiting it is `overloaded` at once. A caller who goes away stops nothing: what is accepted is sent, or kept.
      */
-    identify (event: IdentifyEvent, isStrict = false): Promise<Verdict> {
-      return batcher.add({ event, isStrict, deadline: Date.now() + config.DEADLINE_MS }) ??
-        Promise.resolve({ code: 'overloaded', retryAfter: 1 })
+    identify (event: IdentifyEvent, { isStrict = false, isAsync = false }: Wishes = {}): Promise<Verdict> {
+      const item = { event, isStrict, deadline: Date.now() + config.DEADLINE_MS }
+      return keeper === undefined ? send(item) : keeper.identify(item, isAsync)
     },
 
     /** The event of an identity that is accepted now. */
@@ -46,11 +56,16 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log) {
     /** The event as it would be sent, with the token masked. */
     preview: mixpanel.preview,
 
-    /** For people: how many identities wait, and what Mixpanel said last. */
-    state: () => ({ waiting: batcher.waiting(), ...delivery.state() }),
+    /** For people: how many identities' callers wait, what is in the outbox, and what Mixpanel said last. */
+    state: () => ({
+      waiting: keeper?.waiting() ?? batcher.waiting(),
+      ...outbox && { outbox: outbox.counts() },
+      ...delivery.state()
+    }),
 
-    /** Resolves when nothing waits any more, for callers who have gone neither, and the connections are closed. */
+    /** Resolves when nothing waits any more, for callers who have gone neither, and all is closed. */
     async close (): Promise<void> {
+      await keeper?.close()
       await batcher.idle()
       await mixpanel.close()
     }

@@ -5,6 +5,11 @@ import { pino } from 'pino'
 import { buildApp } from './app.ts'
 import { ConfigError, isLoopback, readConfig, SECRETS, type Config } from './config.ts'
 import { baseUrl, createMixpanel } from './mixpanel.ts'
+import { command } from './outbox/command.ts'
+import { takeOrders } from './outbox/control.ts'
+import { directoryOf, openOutbox } from './outbox/open.ts'
+import { operate, OrderError } from './outbox/operators.ts'
+import { connectRedis } from './redis.ts'
 import { createRelay } from './relay.ts'
 
 const commands = new Map(Object.entries({
@@ -12,6 +17,10 @@ const commands = new Map(Object.entries({
   healthcheck,
   async 'check-config' (config: Config) {
     console.log(`The configuration is valid: ${urlOf(config.HOST, config.PORT)} relays to ${baseUrl(config)}.`)
+  },
+  /** For operators, whether a relay is running or not. */
+  async outbox (config: Config, order: string[]) {
+    for await (const text of command(config, order)) process.stdout.write(text)
   },
   /** Prints `openapi.yaml`. */
   async openapi (config: Config) {
@@ -22,8 +31,8 @@ const commands = new Map(Object.entries({
 /** With Node's 511 a burst of a thousand new connections waits a second for TCP to try again. */
 const BACKLOG = 4096
 
-/** What the last answers, the log and the connections may take after the callers' own time is up. */
-const CLOSING_MS = 1000
+/** What the last answers, the outbox, the log and the connections may take after the callers' own time is up. */
+const CLOSING_MS = 3000
 
 /** A write costs as much as many lines do, so lines wait for others; a crash that runs no code loses them. */
 const LOG_DELAY_MS = 100
@@ -54,7 +63,14 @@ const describe = (config: Config) => (description ??= import('./openapi.ts').the
 
 async function serve (config: Config): Promise<void> {
   const logger = pino({ level: config.LOG_LEVEL, base: null }, log)
-  const relay = createRelay(config, createMixpanel(config), logger)
+  const redis = config.REDIS_URL === undefined ? undefined : await connectRedis(config.REDIS_URL, logger)
+  const outbox = await openOutbox(config, redis, logger)
+  const directory = directoryOf(config)
+  const endOrders = directory === undefined || outbox === undefined
+    ? undefined
+    : await takeOrders(directory, order => operate(outbox, config, order)).catch(({ code }) =>
+      logger.warn({ cause: code }, 'no socket in the outbox directory: its commands need the relay to be stopped'))
+  const relay = createRelay(config, createMixpanel(config), logger, outbox)
   const app = await buildApp(config, { relay, logger, document: async () => (await describe(config)).document })
   // Signal 10 would open Node's inspector on loopback, which the neighbours in a pod share.
   process.on('SIGUSR1', () => {})
@@ -64,7 +80,9 @@ async function serve (config: Config): Promise<void> {
     else logger.info({ signal }, 'draining')
     app.drain()
     await sleep(config.SHUTDOWN_DELAY_MS)
+    endOrders?.()
     await app.close()
+    redis?.disconnect()
   })
   const mixpanel = baseUrl(config)
   if (isLoopback(config.HOST)) logger.warn('anyone on this machine may identify anyone: no credentials are configured')
@@ -88,17 +106,18 @@ async function healthcheck ({ HOST, PORT }: Config): Promise<void> {
 const urlOf = (host: string, port: number) => `http://${host.includes(':') ? `[${host}]` : host}:${port}`
 
 /** The exit code is 0, or 1 after one sentence for each mistake on standard error. */
-async function main (name = 'serve'): Promise<void> {
-  const command = commands.get(name)
-  if (command === undefined) throw new ConfigError(`${name} is no command: use ${[...commands.keys()].join(', ')}.`)
+async function main (name = 'serve', args: string[]): Promise<void> {
+  const run = commands.get(name)
+  if (run === undefined) throw new ConfigError(`${name} is no command: use ${[...commands.keys()].join(', ')}.`)
   const config = readConfig(process.env, path => readFileSync(path, 'utf8'))
   // Children and diagnostic reports have no business with them.
   for (const secret of SECRETS) delete process.env[secret]
-  await command(config)
+  await run(config, args)
 }
 
-main(process.argv[2]).catch((error: Error) => {
+main(process.argv[2], process.argv.slice(3)).catch((error: Error) => {
   const { message } = error.cause instanceof Error ? error.cause : error
-  console.error(error instanceof ConfigError ? message : `The relay cannot go on: ${message}.`)
+  const isMistake = error instanceof ConfigError || error instanceof OrderError
+  console.error(isMistake ? message : `The relay cannot go on: ${message}.`)
   process.exit(1)
 })

@@ -2,10 +2,11 @@
  * What became of an identity, or of all that travelled in one request. `cause` is for the log (a status or an error
  * code, never a secret); `again` says that the same bytes sent once more may help right away; `retryAfter` is in
  * seconds; `records` has, where Mixpanel named them, the refused ones' reasons by index, and `imported` how many others
- * it says it took.
+ * it says it took. `queued`: it is in the outbox, on disk, and `cause` says why.
  */
 export type Verdict =
   | { code: 'accepted' }
+  | { code: 'queued', cause: string }
   | {
     code: 'refused_by_mixpanel',
     reason?: string | undefined,
@@ -15,7 +16,8 @@ export type Verdict =
   | { code: 'mixpanel_unreachable' | 'mixpanel_misanswered' | 'mixpanel_timed_out', cause: string, again: boolean }
   | { code: 'mixpanel_rejected_credentials', cause: string }
   | { code: 'mixpanel_rate_limited', cause: string, retryAfter: number }
-  | { code: 'mixpanel_unavailable' | 'overloaded', retryAfter: number }
+  | { code: 'mixpanel_unavailable', retryAfter: number }
+  | { code: 'overloaded', retryAfter: number, reason?: string }
 
 /** Mixpanel documents no Retry-After, but a backoff that starts at 2 s and ends at 60 s. */
 const RETRY_AFTER_SECONDS = { least: 1, usual: 2, most: 60 }
@@ -28,6 +30,11 @@ export function interpretStatus (status: number, retryAfter?: string | string[])
   if (status === 401 || status === 403) return { code: 'mixpanel_rejected_credentials', cause }
   if (status === 408 || status >= 500) return { code: 'mixpanel_unreachable', cause, again: true }
   return { code: 'mixpanel_misanswered', cause, again: false }
+}
+
+/** Mixpanel, or something before it, found the request too large; a part of it may be taken. */
+export function isTooLarge (verdict: Verdict): boolean {
+  return 'cause' in verdict && verdict.cause === 'status 413'
 }
 
 /** The cause of a verdict that Mixpanel itself gave, in so many words, and not the way to it. */

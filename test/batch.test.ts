@@ -243,8 +243,7 @@ t.test('the batcher: order, bounds, lateness, a send that throws', async t => {
     freeSends: 1,
     maxSends: 1,
     maxItems: 8,
-    maxWaitMs: 50,
-    late: () => 'late',
+    late: { afterMs: 50, result: 'late' },
     isAlone: item => item >= 100
   })
   await batcher.idle()

@@ -1,6 +1,7 @@
 import { randomUUID } from 'node:crypto'
-import { spawn, type ChildProcess } from 'node:child_process'
-import { connect } from 'node:net'
+import { spawn, spawnSync, type ChildProcess } from 'node:child_process'
+import { once } from 'node:events'
+import { connect, createServer, type AddressInfo } from 'node:net'
 import { Writable } from 'node:stream'
 import { pino } from 'pino'
 import type { Test } from 'tap'
@@ -8,6 +9,9 @@ import { buildApp } from '../src/app.ts'
 import { readConfig } from '../src/config.ts'
 import { createMixpanel } from '../src/mixpanel.ts'
 import { openapi } from '../src/openapi.ts'
+import { openOutbox } from '../src/outbox/open.ts'
+import type { Outbox } from '../src/outbox/outbox.ts'
+import type { Redis } from '../src/redis.ts'
 import { createRelay } from '../src/relay.ts'
 import { createSandbox } from '../src/sandbox/app.ts'
 
@@ -32,7 +36,7 @@ export async function startSandbox (t: Test, options: Parameters<typeof createSa
 }
 
 /** The relay in this process before a sandbox: whatever it logs or answers is searched for the token. */
-export async function startRelay (t: Test, env: Env = {}, options: Parameters<typeof createSandbox>[0] = {}) {
+export async function startRelay (t: Test, env: Env = {}, options: Parameters<typeof createSandbox>[0] = {}, redis?: Redis) {
   const sandbox = await startSandbox(t, options)
   const config = readConfig({
     MIXPANEL_TOKEN: TOKEN, MIXPANEL_URL: sandbox.url, PORT: '0', RATE_LIMIT_MAX: '1000000', LOG_LEVEL: 'debug', ...env
@@ -45,7 +49,8 @@ export async function startRelay (t: Test, env: Env = {}, options: Parameters<ty
       done()
     }
   }))
-  const relay = createRelay(config, createMixpanel(config), logger)
+  const outbox = await openOutbox(config, redis, logger)
+  const relay = createRelay(config, createMixpanel(config), logger, outbox)
   const app = await buildApp(config, { relay, logger, document: async () => (await openapi(config)).document })
   t.teardown(() => app.close())
 
@@ -59,6 +64,7 @@ export async function startRelay (t: Test, env: Env = {}, options: Parameters<ty
   return {
     app,
     config,
+    outbox: outbox as Outbox,
     relay,
     sandbox,
     lines,
@@ -89,6 +95,31 @@ export function startProcess (t: Test, script: string, args: string[] = [], env:
     }
   }
   return { child, exit, until, output: () => output }
+}
+
+/** A Redis of the test's own, or undefined with a word where redis-server is not installed. */
+export async function startRedis (t: Test, { port = 0, dir = t.testdir({}), fsync = 'always' } = {}) {
+  if (spawnSync('redis-server', ['--version']).status !== 0) {
+    t.comment('skipped: redis-server is not installed')
+    return undefined
+  }
+  const free = port === 0 ? await freePort() : port
+  const child = spawn('redis-server', ['--port', String(free), '--bind', '127.0.0.1', '--dir', dir, '--save', '', '--appendonly', 'yes', '--appendfsync', fsync])
+  const exit = new Promise(resolve => child.once('close', resolve))
+  t.teardown(async () => {
+    child.kill('SIGKILL')
+    await exit
+  })
+  await new Promise<void>(resolve => child.stdout.on('data', chunk => /Ready to accept/.test(String(chunk)) && resolve()))
+  return { child, exit, port: free, dir, url: `redis://127.0.0.1:${free}` }
+}
+
+async function freePort (): Promise<number> {
+  const server = createServer().listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  const { port } = server.address() as AddressInfo
+  await new Promise(resolve => server.close(resolve))
+  return port
 }
 
 /** Sends raw bytes; resolves with all that came back until the other side closed, or until `ms` have passed. */

@@ -19,6 +19,7 @@ export interface LogLine {
   cause?: string
   insert_id?: string
   identities?: number
+  queued?: number
   failed?: number
 }
 

@@ -1,0 +1,30 @@
+import type { Config } from '../config.ts'
+import { connectRedis } from '../redis.ts'
+import { giveOrder } from './control.ts'
+import { directoryOf, openOutbox } from './open.ts'
+import { operate, OrderError } from './operators.ts'
+import { DirectoryInUse } from './outbox.ts'
+
+const silent = { info () {}, warn () {}, error () {} }
+
+/**
+ * `outbox list | dead | replay | drop` from the command line: see `operate`. A directory that a relay has open is left
+ * to it, and asked for; Redis is open to all.
+ */
+export async function * command (config: Config, order: string[]): AsyncGenerator<string> {
+  const redis = config.OUTBOX === 'redis' ? await connectRedis(String(config.REDIS_URL), silent) : undefined
+  try {
+    const outbox = await openOutbox(config, redis, silent)
+    if (outbox === undefined) throw new OrderError('OUTBOX is off: there is nothing to look at.')
+    try {
+      yield * operate(outbox, config, order)
+    } finally {
+      await outbox.close()
+    }
+  } catch (error) {
+    if (!(error instanceof DirectoryInUse)) throw error
+    yield * giveOrder(String(directoryOf(config)), order)
+  } finally {
+    redis?.disconnect()
+  }
+}

@@ -1,0 +1,53 @@
+import { once } from 'node:events'
+import { rmSync } from 'node:fs'
+import { createServer, request, type IncomingMessage } from 'node:http'
+import { join } from 'node:path'
+import { text } from 'node:stream/consumers'
+import { OrderError } from './operators.ts'
+
+/**
+ * Only one process may open an outbox's directory, so an operator's process asks the relay that has it: by HTTP,
+ * through a socket in the directory, which is its owner's alone.
+ */
+const socketIn = (directory: string) => join(directory, 'operators.sock')
+
+/**
+ * Lets operators' processes give orders to this one; `carryOut` yields what to print. Resolves with a function that
+ * ends it; rejects when there can be no socket (its path may have some hundred characters).
+ */
+export async function takeOrders (
+  directory: string, carryOut: (order: string[]) => AsyncIterable<string>
+): Promise<() => void> {
+  // A process that was killed leaves its socket behind, and we have the directory's lock.
+  rmSync(socketIn(directory), { force: true })
+  const server = createServer(async (order, answer) => {
+    const closed = once(answer, 'close')
+    try {
+      for await (const chunk of carryOut(JSON.parse(await text(order)))) {
+        if (!answer.write(chunk)) await Promise.race([closed, once(answer, 'drain')])
+        if (answer.destroyed) return
+      }
+      answer.end()
+    } catch (error) {
+      if (answer.headersSent) answer.destroy()
+      else answer.writeHead(400).end((error as Error).message)
+    }
+  })
+  server.listen(socketIn(directory))
+  await once(server, 'listening')
+  return () => {
+    server.close()
+    server.closeAllConnections()
+  }
+}
+
+/** What the process that has the directory answers to an order. Throws OrderError, also when there is no answer. */
+export async function * giveOrder (directory: string, order: string[]): AsyncGenerator<string> {
+  const asked = request({ socketPath: socketIn(directory), method: 'POST' }).end(JSON.stringify(order))
+  const [answer] = await once(asked, 'response').catch((error: NodeJS.ErrnoException) => {
+    throw new OrderError(`The process that uses ${directory} does not take orders (${error.code}): stop it first.`)
+  }) as [IncomingMessage]
+  answer.setEncoding('utf8')
+  if (answer.statusCode !== 200) throw new OrderError(await text(answer))
+  yield * answer
+}

@@ -1,0 +1,54 @@
+import { closeSync, mkdirSync, openSync, statfsSync } from 'node:fs'
+import { dirname, join } from 'node:path'
+import Database from 'libsql'
+import { DirectoryInUse } from './outbox.ts'
+
+/** Room for what empties the outbox, which has to write as well: this much, or a tenth of a small disk. */
+const RESERVED_BYTES = 16 * 1024 * 1024
+
+/**
+ * Opens the database in a directory, which is made where there is none. Only one process has it at a time, or this
+ * throws DirectoryInUse; the sqlite3 shell may read `outbox.db` all the same. The caller must `close` it.
+ */
+export function openDirectory (directory: string) {
+  mkdirSync(directory, { recursive: true, mode: 0o700 })
+  const unlock = lock(join(directory, 'lock'))
+  const db = open(join(directory, 'outbox.db'))
+
+  return {
+    db,
+
+    /** True where the disk has no room for more than what empties the outbox has to write. */
+    isDiskLow (): boolean {
+      const { bavail, blocks, bsize } = statfsSync(directory)
+      return bavail * bsize < Math.min(RESERVED_BYTES, blocks * bsize / 10)
+    },
+
+    close (): void {
+      db.close()
+      unlock()
+    }
+  }
+}
+
+/** A database that only its owner may read; SQLite gives its side files the same mode. */
+function open (path: string, options?: Database.Options): Database.Database {
+  closeSync(openSync(path, 'a', 0o600))
+  return new Database(path, options)
+}
+
+/** A lock that the kernel gives back, however the process ends. */
+function lock (path: string): () => void {
+  const db = open(path, { timeout: 0 })
+  try {
+    db.exec('PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE;')
+  } catch (error) {
+    db.close()
+    if ((error as { code?: string }).code !== 'SQLITE_BUSY') throw error
+    throw new DirectoryInUse(`another process uses the outbox in ${dirname(path)}`)
+  }
+  return () => {
+    db.exec('ROLLBACK')
+    db.close()
+  }
+}

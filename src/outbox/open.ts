@@ -1,0 +1,26 @@
+import type { Config } from '../config.ts'
+import { projectOf } from '../mixpanel.ts'
+import type { Redis } from '../redis.ts'
+import type { Outbox, StoreLog } from './outbox.ts'
+
+/** A relay that holds entries for longer than it could need to deliver them is dead, or waits for Mixpanel. */
+const CLAIM_AFTER_DEADLINE_MS = 5000
+
+/** The directory that OUTBOX names, if it names one. */
+export function directoryOf ({ OUTBOX: outbox }: Config): string | undefined {
+  return outbox.startsWith('file:') ? outbox.slice('file:'.length) : undefined
+}
+
+/** The outbox that the configuration names, or none. Only what it needs is loaded. Rejects when it cannot be used. */
+export async function openOutbox (
+  config: Config, redis: Redis | undefined, log: StoreLog
+): Promise<Outbox | undefined> {
+  const directory = directoryOf(config)
+  if (directory !== undefined) {
+    const { openSqlite } = await import('./sqlite.ts')
+    return openSqlite(directory, projectOf(config), log)
+  }
+  if (config.OUTBOX === 'off' || redis === undefined) return undefined
+  const { openRedis } = await import('./redis.ts')
+  return openRedis(redis, projectOf(config), log, config.DEADLINE_MS + CLAIM_AFTER_DEADLINE_MS)
+}

@@ -1,0 +1,58 @@
+import type { Config } from '../config.ts'
+import type { DeadLetter, Entry, Outbox } from './outbox.ts'
+import { isTooOld } from './round.ts'
+
+/** How many are read at a time. */
+const PAGE = 500
+
+/** A mistake of the operator's; `message` is a sentence for him. */
+export class OrderError extends Error {}
+
+/**
+ * Carries out an operator's order and yields what to print, whole lines. `['list']` and `['dead']`: what waits and
+ * what is dead, oldest first, as JSON. `['replay', …]` and `['drop', …]` with ids or `all`: dead letters wait again, by
+ * `/import` where they are too old for `/track`, or are forgotten. Throws OrderError before it has done anything.
+ */
+export async function * operate (outbox: Outbox, config: Config, order: string[]): AsyncGenerator<string> {
+  const [action = '', ...ids] = order
+  const takesIds = action === 'replay' || action === 'drop'
+  if (!takesIds && action !== 'list' && action !== 'dead') throw new OrderError('outbox: list, dead, replay or drop?')
+  if (takesIds && ids.length === 0) throw new OrderError(`outbox ${action} takes ids, or all.`)
+  if (!takesIds && ids.length > 0) throw new OrderError(`outbox ${action} takes no ids.`)
+  if (!takesIds) return yield * lines(action === 'list' ? outbox.waiting : outbox.dead)
+
+  let changed = 0
+  let byImport = 0
+  for await (const page of pages(outbox.dead)) {
+    const letters = page.filter(({ id }) => ids[0] === 'all' || ids.includes(id))
+      .map(({ id, event }) => ({ id, ...isTooOld({ event }, config) && { endpoint: 'import' as const } }))
+    if (letters.length === 0) continue
+    byImport += letters.filter(({ endpoint }) => endpoint === 'import').length
+    changed += action === 'replay' ? await outbox.replay(letters) : await outbox.drop(letters)
+  }
+  yield action === 'drop'
+    ? `${changed} dropped.\n`
+    : `${changed} wait again${byImport > 0 ? `, ${byImport} of them for /import, too old for /track` : ''}.\n`
+  const unknown = ids[0] === 'all' ? 0 : new Set(ids).size - changed
+  if (unknown > 0) yield `${unknown} unknown: see outbox dead.\n`
+}
+
+async function * pages<T extends { id: string }> (read: (count: number, after?: string) => Promise<T[]>) {
+  let last: T | undefined
+  do {
+    const page = await read(PAGE, last?.id)
+    if (page.length > 0) yield page
+    last = page.at(-1)
+  } while (last !== undefined)
+}
+
+async function * lines (read: (count: number, after?: string) => Promise<(Entry | DeadLetter)[]>) {
+  for await (const page of pages(read)) {
+    for (const { event, ...rest } of page) {
+      const { $identified_id: identified, $anon_id: anon, $insert_id: insertId, time } = event.properties
+      const accepted = new Date(time * 1000)
+      const line = { ...rest, accepted, insert_id: insertId, identified_id: identified, anon_id: anon }
+      yield `${JSON.stringify(line)}\n`
+    }
+  }
+}

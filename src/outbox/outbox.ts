@@ -1,0 +1,64 @@
+import type { IdentifyEvent } from '../event.ts'
+
+/** An identity that waits: its event, without the token, exactly as it was accepted. */
+export interface Entry {
+  /** The later it came, the greater; never used again. */
+  id: string
+  event: IdentifyEvent
+  /** Set when an operator replayed it: by this endpoint, whatever the configuration says. */
+  endpoint?: 'import'
+}
+
+/** An identity that cannot be delivered: kept, with the reason, until an operator replays or drops it. */
+export interface DeadLetter { id: string, event: IdentifyEvent, reason: string, died: Date }
+
+/**
+ * Where identities wait for Mixpanel. Its twins are sqlite.ts (one process) and redis.ts (several), and one test holds
+ * both to this. `put` and `holds` are on the path of a caller: they answer soon, and never reject. The others reject
+ * when the store fails, and then have done nothing, or will do no harm when they are called again.
+ */
+export interface Outbox {
+  /** True once the event is on disk; false when it is not kept, because the outbox is full or the store failed. */
+  put: (event: IdentifyEvent) => Promise<boolean>
+  /** Does an event with the same claim wait? Undefined when the store cannot be asked. */
+  holds: (claim: string) => Promise<boolean | undefined>
+  /**
+   * The oldest entries, in their order; the same ones again until they are `done` or `bury`ed. None while another
+   * process has entries in hand: to keep the order of claims, one at a time delivers.
+   */
+  take: (count: number) => Promise<Entry[]>
+  /** They are delivered, and no longer kept. */
+  done: (entries: Entry[]) => Promise<void>
+  /** They become dead letters. */
+  bury: (entries: { entry: Entry, reason: string }[]) => Promise<void>
+  /** How many there are, as far as this process knows. */
+  counts: () => { waiting: number, dead: number }
+  /** For operators: up to `count` in their order, those after the id `after`. */
+  waiting: (count: number, after?: string) => Promise<Entry[]>
+  dead: (count: number, after?: string) => Promise<DeadLetter[]>
+  /** Dead letters wait again, behind all others; resolves with how many there were. */
+  replay: (letters: Pick<Entry, 'id' | 'endpoint'>[]) => Promise<number>
+  /** Dead letters are forgotten; resolves with how many there were. */
+  drop: (letters: Pick<Entry, 'id'>[]) => Promise<number>
+  /** Lets another process deliver; nothing may be called afterwards. */
+  close: () => Promise<void>
+}
+
+/** How much an outbox keeps, dead letters included; then it keeps nothing more until there is room. */
+export const MAX_ENTRIES = 1_000_000
+
+/** What is said of a store's troubles; `pino` fits. */
+export type StoreLog = Record<'info' | 'warn' | 'error', (what: object, message: string) => void>
+
+/** Complains of what happens to many at the same time, at most once a second. */
+export function seldom (log: StoreLog): StoreLog['error'] {
+  let last = 0
+  return (what, message) => {
+    if (Date.now() - last < 1000) return
+    last = Date.now()
+    log.error(what, message)
+  }
+}
+
+/** Another process has opened the directory. */
+export class DirectoryInUse extends Error {}

@@ -1,0 +1,139 @@
+import { createBatcher } from '../batcher.ts'
+import { claimOf, type IdentifyEvent } from '../event.ts'
+import { openDirectory } from './directory.ts'
+import { MAX_ENTRIES, seldom, type DeadLetter, type Entry, type Outbox, type StoreLog } from './outbox.ts'
+
+/** `claim` is what `claimOf` makes of an event, `event` its JSON, `died` in ms since the epoch. */
+const SCHEMA = `
+  CREATE TABLE IF NOT EXISTS waiting (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, claim TEXT NOT NULL, event TEXT NOT NULL, endpoint TEXT
+  ) STRICT;
+  CREATE INDEX IF NOT EXISTS waiting_claim ON waiting (claim);
+  CREATE TABLE IF NOT EXISTS dead (
+    id INTEGER PRIMARY KEY, claim TEXT NOT NULL, event TEXT NOT NULL, reason TEXT NOT NULL, died INTEGER NOT NULL
+  ) STRICT;
+  CREATE TABLE IF NOT EXISTS project (fingerprint TEXT NOT NULL) STRICT;
+  PRAGMA user_version = 1;`
+
+/** More in one transaction would hold up the event loop. */
+const MAX_COMMIT = 1000
+
+interface WaitingRow { id: number, event: string, endpoint: 'import' | null }
+interface DeadRow { id: number, event: string, reason: string, died: number }
+
+/**
+ * An outbox in a directory: SQLite in WAL mode with `synchronous=FULL`, so that a commit is a real fsync. Everything
+ * runs on the event loop; commits are shared by all who came in one turn of it. Throws DirectoryInUse, or what SQLite
+ * and the file system say, when the directory cannot be used, and when another project's identities wait in it.
+ */
+export function openSqlite (directory: string, project: string, log: StoreLog, maxEntries = MAX_ENTRIES): Outbox {
+  const { db, isDiskLow, close } = openDirectory(directory)
+  db.exec('PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;')
+  db.exec(SCHEMA)
+  const sql = {
+    put: db.prepare('INSERT INTO waiting (claim, event) VALUES (?, ?)'),
+    holds: db.prepare('SELECT 1 FROM waiting WHERE claim = ? LIMIT 1'),
+    waiting: db.prepare('SELECT id, event, endpoint FROM waiting WHERE id > ? ORDER BY id LIMIT ?'),
+    dead: db.prepare('SELECT id, event, reason, died FROM dead WHERE id > ? ORDER BY id LIMIT ?'),
+    forget: db.prepare('DELETE FROM waiting WHERE id IN (SELECT value FROM json_each(?))'),
+    bury: db.prepare('INSERT INTO dead SELECT id, claim, event, ?, ? FROM waiting WHERE id = ?'),
+    replay: db.prepare('INSERT INTO waiting (claim, event, endpoint) SELECT claim, event, ? FROM dead WHERE id = ?'),
+    drop: db.prepare('DELETE FROM dead WHERE id IN (SELECT value FROM json_each(?))')
+  }
+  const countOf = (table: string) => (db.prepare(`SELECT count(*) AS n FROM ${table}`).all() as [{ n: number }])[0].n
+  const counts = { waiting: countOf('waiting'), dead: countOf('dead') }
+  const isForeign = (db.prepare('SELECT fingerprint FROM project').pluck().all() as string[])
+    .some(fingerprint => fingerprint !== project)
+  if (isForeign && counts.waiting + counts.dead > 0) {
+    close()
+    throw new Error(`${directory} holds identities of another project`)
+  }
+  transact(() => {
+    db.exec('DELETE FROM project')
+    db.prepare('INSERT INTO project VALUES (?)').run(project)
+  })
+
+  const complain = seldom(log)
+
+  function transact<T> (work: () => T): T {
+    db.exec('BEGIN IMMEDIATE')
+    try {
+      const result = work()
+      db.exec('COMMIT')
+      return result
+    } catch (error) {
+      // After some errors (a full disk) SQLite has rolled back already.
+      if (db.inTransaction) db.exec('ROLLBACK')
+      throw error
+    }
+  }
+
+  /** Group commit: all or none of them are kept. */
+  async function commit (events: IdentifyEvent[]): Promise<boolean[]> {
+    try {
+      if (counts.waiting + counts.dead + events.length > maxEntries) throw new Error(`it holds ${maxEntries} entries`)
+      if (isDiskLow()) throw new Error('the disk is nearly full')
+      transact(() => {
+        for (const event of events) sql.put.run(claimOf(event), JSON.stringify(event))
+      })
+      counts.waiting += events.length
+      return events.map(() => true)
+    } catch (error) {
+      complain({ cause: (error as Error).message }, 'the outbox keeps nothing')
+      return events.map(() => false)
+    }
+  }
+
+  const puts = createBatcher<IdentifyEvent, boolean>({
+    send: commit, maxBatch: MAX_COMMIT
+  })
+
+  const asEntry = ({ id, event, endpoint }: WaitingRow): Entry =>
+    ({ id: String(id), event: JSON.parse(event), ...endpoint !== null && { endpoint } })
+  const asLetter = ({ id, event, reason, died }: DeadRow): DeadLetter =>
+    ({ id: String(id), event: JSON.parse(event), reason, died: new Date(died) })
+  const waiting: Outbox['waiting'] = async (count, after = '0') =>
+    (sql.waiting.all(Number(after), count) as WaitingRow[]).map(asEntry)
+  const asArray = (list: { id: string }[]) => JSON.stringify(list.map(({ id }) => Number(id)))
+  const forget = (entries: Entry[]) => sql.forget.run(asArray(entries)).changes
+
+  return {
+    // The batcher has no bound that it could refuse for.
+    put: event => puts.add(event) as Promise<boolean>,
+    holds: async claim => counts.waiting > 0 && sql.holds.all(claim).length > 0,
+    take: async count => counts.waiting > 0 ? waiting(count) : [],
+    async done (entries) {
+      counts.waiting -= forget(entries)
+    },
+    async bury (letters) {
+      const buried = transact(() => {
+        for (const { entry, reason } of letters) sql.bury.run(reason, Date.now(), Number(entry.id))
+        return forget(letters.map(({ entry }) => entry))
+      })
+      counts.waiting -= buried
+      counts.dead += buried
+    },
+    counts: () => ({ ...counts }),
+    waiting,
+    dead: async (count, after = '0') => (sql.dead.all(Number(after), count) as DeadRow[]).map(asLetter),
+    async replay (letters) {
+      const replayed = transact(() => {
+        for (const { id, endpoint = null } of letters) sql.replay.run(endpoint, Number(id))
+        return sql.drop.run(asArray(letters)).changes
+      })
+      counts.waiting += replayed
+      counts.dead -= replayed
+      return replayed
+    },
+    async drop (letters) {
+      const { changes } = sql.drop.run(asArray(letters))
+      counts.dead -= changes
+      return changes
+    },
+    async close () {
+      await puts.idle()
+      db.exec('PRAGMA wal_checkpoint(TRUNCATE)')
+      close()
+    }
+  }
+}

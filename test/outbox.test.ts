@@ -1,0 +1,136 @@
+import { randomUUID } from 'node:crypto'
+import { mkdirSync, readdirSync, statSync } from 'node:fs'
+import { join } from 'node:path'
+import { t, type Test } from 'tap'
+import { claimOf, identifyEvent } from '../src/event.ts'
+import { openRedis } from '../src/outbox/redis.ts'
+import type { Entry, Outbox } from '../src/outbox/outbox.ts'
+import { openSqlite } from '../src/outbox/sqlite.ts'
+import { connectRedis } from '../src/redis.ts'
+import { startRedis } from './helper.ts'
+
+const silent = { info () {}, warn () {}, error () {} }
+
+const event = (anon: string = randomUUID(), identified = `user-${randomUUID()}`, now = Date.now()) =>
+  identifyEvent({ identified_id: identified, anon_id: anon, properties: { plan: 'a"b\n', 7: [1, { x: null }] } }, now)
+
+/** What every outbox promises; `open` opens the same one again. */
+async function contract (t: Test, open: (maxEntries?: number) => Promise<Outbox>) {
+  const outbox = await open()
+  t.same(outbox.counts(), { waiting: 0, dead: 0 })
+  t.same(await outbox.take(10), [])
+  t.same(await outbox.waiting(10), [])
+  t.same(await outbox.dead(10), [])
+
+  const events = Array.from({ length: 2500 }, () => event())
+  t.equal(await outbox.holds(claimOf(events[0]!)), false)
+  const kept = await Promise.all(events.map(one => outbox.put(one)))
+  t.same(new Set(kept), new Set([true]))
+  t.same(outbox.counts(), { waiting: 2500, dead: 0 })
+
+  t.test('what was put is taken in its order, again and again, until it is done', async t => {
+    const first = await outbox.take(400)
+    t.same(first.map(entry => entry.event), events.slice(0, 400), 'to the last byte')
+    t.equal(JSON.stringify(first.map(entry => entry.event)), JSON.stringify(events.slice(0, 400)))
+    t.notOk(first.some(entry => 'endpoint' in entry))
+    t.same(await outbox.take(400), first)
+    await outbox.done(first.slice(0, 399))
+    const next = await outbox.take(400)
+    t.same(next[0], first[399], 'who is left is still the first')
+    t.same(outbox.counts(), { waiting: 2101, dead: 0 })
+    await outbox.done(first.slice(0, 399))
+    t.same(outbox.counts(), { waiting: 2101, dead: 0 }, 'twice done is done')
+  })
+
+  t.test('a claim is held as long as one of its entries waits', async t => {
+    const anon = randomUUID() as string
+    const two = [event(anon.toUpperCase()), event(`$device:${anon}`)]
+    for (const one of two) t.ok(await outbox.put(one))
+    t.equal(claimOf(two[0]!), claimOf(two[1]!))
+    const mine: Entry[] = []
+    for (let entries = await outbox.take(2000); entries.length > 0; entries = await outbox.take(2000)) {
+      mine.push(...entries.filter(entry => two.some(one => one.properties.$anon_id === entry.event.properties.$anon_id)))
+      await outbox.done(entries.filter(entry => !mine.includes(entry)))
+      if (mine.length === 2) break
+    }
+    t.equal(await outbox.holds(claimOf(two[0]!)), true)
+    await outbox.done(mine.slice(0, 1))
+    t.equal(await outbox.holds(claimOf(two[0]!)), true)
+    await outbox.bury([{ entry: mine[1]!, reason: 'because "so"\nit is' }])
+    t.equal(await outbox.holds(claimOf(two[0]!)), false)
+    t.equal(await outbox.holds(claimOf(events[2499]!)), false)
+    t.same(outbox.counts(), { waiting: 0, dead: 1 })
+  })
+
+  t.test('dead letters are kept with their reason, replayed and dropped', async t => {
+    for (let count = 0; count < 4; count++) t.ok(await outbox.put(event()))
+    const four = await outbox.take(10)
+    await outbox.bury(four.map((entry, index) => ({ entry, reason: `reason ${index}` })))
+    await outbox.bury(four.slice(0, 1).map(entry => ({ entry, reason: 'a second time' })))
+    t.same(await outbox.take(10), [])
+    t.same(outbox.counts(), { waiting: 0, dead: 5 })
+    const letters = await outbox.dead(10)
+    t.same(letters.map(letter => letter.reason), ['because "so"\nit is', 'reason 0', 'reason 1', 'reason 2', 'reason 3'])
+    t.same(letters[1]?.event, four[0]?.event)
+    t.ok(Math.abs(Date.now() - Number(letters[1]?.died)) < 60_000)
+    t.same((await outbox.dead(2, letters[1]?.id)).map(letter => letter.id), [letters[2]?.id, letters[3]?.id])
+    t.equal(await outbox.drop([letters[0]!, letters[2]!]), 2)
+    t.equal(await outbox.drop([letters[0]!]), 0)
+    t.equal(await outbox.replay([{ id: letters[4]!.id, endpoint: 'import' }, { id: letters[3]!.id }, { id: letters[2]!.id }]), 2)
+    t.same(outbox.counts(), { waiting: 2, dead: 1 })
+    t.equal(await outbox.holds(claimOf(four[3]!.event)), true)
+    const again = await outbox.take(10)
+    t.match(again, [{ event: four[3]?.event, endpoint: 'import' }, { event: four[2]?.event }])
+    t.notOk('endpoint' in again[1]!)
+    await outbox.done(again)
+  })
+
+  t.test('it is all there when it is opened again, and has a bound', async t => {
+    const one = event()
+    t.ok(await outbox.put(one))
+    await outbox.close()
+    const next = await open(3)
+    t.same(next.counts(), { waiting: 1, dead: 1 })
+    t.equal(await next.put(event()), true)
+    t.equal(await next.put(event()), false, 'full, with the dead letter')
+    const [first] = await next.waiting(10)
+    t.same(first?.event, one)
+    t.equal((await next.waiting(10, first?.id)).length, 1)
+    await next.done(await next.take(10))
+    t.same(await Promise.all([next.put(event()), next.put(event())]), [true, true])
+    t.same(await Promise.all([next.put(event()), next.put(event())]), [false, false])
+    t.same(next.counts(), { waiting: 2, dead: 1 })
+    await next.close()
+  })
+}
+
+t.test('SQLite', async t => {
+  const directory = join(t.testdir({}), 'made', 'here')
+  await contract(t, async maxEntries => openSqlite(directory, 'a-project', silent, maxEntries))
+})
+
+t.test('SQLite: one process, one project, only its owner\'s', async t => {
+  const directory = t.testdir({})
+  mkdirSync(join(directory, 'outbox'))
+  const path = join(directory, 'outbox')
+  const outbox = openSqlite(path, 'a-project', silent)
+  t.throws(() => openSqlite(path, 'a-project', silent), { message: /another process uses the outbox in/ })
+  t.ok(await outbox.put(event()))
+  for (const name of readdirSync(path)) t.equal(statSync(join(path, name)).mode & 0o77, 0, name)
+  await outbox.close()
+  t.throws(() => openSqlite(path, 'another', silent), { message: /holds identities of another project/ })
+  const again = openSqlite(path, 'a-project', silent)
+  await again.done(await again.take(1))
+  await again.close()
+  const other = openSqlite(path, 'another', silent)
+  await other.close()
+  t.throws(() => openSqlite('README.md/outbox', 'a-project', silent), { code: 'ENOTDIR' })
+})
+
+t.test('Redis', async t => {
+  const server = await startRedis(t)
+  if (server === undefined) return
+  const redis = await connectRedis(server.url, silent)
+  t.teardown(() => redis.disconnect())
+  await contract(t, maxEntries => openRedis(redis, 'a-project', silent, 500, maxEntries))
+})
