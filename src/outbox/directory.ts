@@ -6,6 +6,9 @@ import { DirectoryInUse } from './outbox.ts'
 /** Room for what empties the outbox, which has to write as well: this much, or a tenth of a small disk. */
 const RESERVED_BYTES = 16 * 1024 * 1024
 
+/** How much a file may keep for the next outage. */
+const KEPT_BYTES = 4 * 1024 * 1024
+
 /**
  * Opens the database in a directory, which is made where there is none. Only one process has it at a time, or this
  * throws DirectoryInUse; the sqlite3 shell may read `outbox.db` all the same. The caller must `close` it.
@@ -14,6 +17,9 @@ export function openDirectory (directory: string) {
   mkdirSync(directory, { recursive: true, mode: 0o700 })
   const unlock = lock(join(directory, 'lock'))
   const db = open(join(directory, 'outbox.db'))
+  const pragma = (name: string) => db.prepare(`PRAGMA ${name}`).pluck().all()[0] as number
+  /** In the file, but free. */
+  const unusedBytes = () => pragma('freelist_count') * pragma('page_size')
 
   return {
     db,
@@ -21,7 +27,12 @@ export function openDirectory (directory: string) {
     /** True where the disk has no room for more than what empties the outbox has to write. */
     isDiskLow (): boolean {
       const { bavail, blocks, bsize } = statfsSync(directory)
-      return bavail * bsize < Math.min(RESERVED_BYTES, blocks * bsize / 10)
+      return bavail * bsize + unusedBytes() < Math.min(RESERVED_BYTES, blocks * bsize / 10)
+    },
+
+    /** Gives the disk back what an outage took of it. Fast where the tables are nearly empty; throws on a full disk. */
+    shrink (): void {
+      if (unusedBytes() > KEPT_BYTES) db.exec('VACUUM; PRAGMA wal_checkpoint(TRUNCATE);')
     },
 
     close (): void {

@@ -2,6 +2,7 @@ import type { Config } from '../config.ts'
 import { claimOf } from '../event.ts'
 import { isTooLarge, type Verdict } from '../verdict.ts'
 import type { Entry } from './outbox.ts'
+import type { Suspects } from './suspects.ts'
 
 /** How many arrays may be under way at a time. */
 const ARRAYS = 8
@@ -28,28 +29,33 @@ export function isTooOld ({ event, endpoint }: Pick<Entry, 'event' | 'endpoint'>
 
 /**
  * The first `size` of `entries` that may be under way together, in arrays that are as full as they may be: one of each
- * claim, and none of the claims in `aside`. An array goes to one endpoint, and Mixpanel takes its size.
+ * claim, and none that is left aside. An array goes to one endpoint, and Mixpanel takes its size; a suspect is alone.
  */
-export function choose (entries: Entry[], size: number, aside: Iterable<string>, maxBatch: number): Entry[][] {
-  const claims = new Set(aside)
+export function choose (entries: Entry[], size: number, suspects: Suspects, maxBatch: number): Entry[][] {
+  const claims = new Set<string>()
   const arrays: Entry[][] = []
+  /** The array that may take more. */
   let last: Entry[] = []
-  let characters = 0
-  let count = 0
+  let characters = MAX_ARRAY_CHARACTERS
   for (const entry of entries) {
     const claim = claimOf(entry.event)
-    if (claims.has(claim)) continue
+    if (claims.has(claim) || suspects.isAside(claim)) continue
     claims.add(claim)
-    const length = JSON.stringify(entry.event).length
-    const isFull = last.length === 0 || last.length === maxBatch || characters + length > MAX_ARRAY_CHARACTERS
-    if (isFull || last[0]?.endpoint !== entry.endpoint) {
-      if (arrays.length === ARRAYS) break
-      arrays.push(last = [])
-      characters = 0
+    const { length } = JSON.stringify(entry.event)
+    const isSuspect = suspects.has(claim)
+    const fits = last.length < maxBatch && characters + length <= MAX_ARRAY_CHARACTERS &&
+      last[0]?.endpoint === entry.endpoint
+    if (fits && !isSuspect) {
+      last.push(entry)
+      characters += length
+    } else if (arrays.length === ARRAYS) {
+      break
+    } else {
+      const array = [entry]
+      arrays.push(array)
+      if (!isSuspect) [last, characters] = [array, length]
     }
-    last.push(entry)
-    characters += length
-    if (++count === size) break
+    if (claims.size === size) break
   }
   return arrays
 }

@@ -27,7 +27,7 @@ interface DeadRow { id: number, event: string, reason: string, died: number }
  * and the file system say, when the directory cannot be used, and when another project's identities wait in it.
  */
 export function openSqlite (directory: string, project: string, log: StoreLog, maxEntries = MAX_ENTRIES): Outbox {
-  const { db, isDiskLow, close } = openDirectory(directory)
+  const { db, isDiskLow, shrink, close } = openDirectory(directory)
   db.exec('PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;')
   db.exec(SCHEMA)
   const sql = {
@@ -104,6 +104,7 @@ export function openSqlite (directory: string, project: string, log: StoreLog, m
     take: async count => counts.waiting > 0 ? waiting(count) : [],
     async done (entries) {
       counts.waiting -= forget(entries)
+      if (counts.waiting === 0 && counts.dead < MAX_COMMIT) shrink()
     },
     async bury (letters) {
       const buried = transact(() => {

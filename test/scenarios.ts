@@ -1,0 +1,161 @@
+import { once } from 'node:events'
+import { createServer } from 'node:http'
+import type { AddressInfo } from 'node:net'
+import { text } from 'node:stream/consumers'
+import { setTimeout as sleep } from 'node:timers/promises'
+import type { Test } from 'tap'
+import { Pool } from 'undici'
+import { FAULTS, LATE_FAULTS, type Fault } from '../src/sandbox/faults.ts'
+import { createCallers } from './callers.ts'
+import { startProcess, startSandbox, TOKEN, type Env } from './helper.ts'
+import { brokenPromises } from './ledger.ts'
+
+export const SERVER = 'dist/server.js'
+
+/** The built relay as a process before a sandbox. */
+export async function startServer (t: Test, sandboxUrl: string, env: Env = {}) {
+  const server = startProcess(t, SERVER, [], {
+    MIXPANEL_TOKEN: TOKEN, MIXPANEL_URL: sandboxUrl, PORT: '0', RATE_LIMIT_MAX: '1000000000', ...env
+  })
+  const [, url] = await server.until(/Server listening at (http:[^"]+)"/)
+  const parts = async () => (await (await fetch(`${url}/readyz?verbose`)).json() as { parts: Parts }).parts
+
+  return {
+    ...server,
+    url: url as string,
+    parts,
+    /** Resolves when nothing waits in the outbox. */
+    async drained (): Promise<void> {
+      while ((await parts()).outbox.waiting > 0) await sleep(50)
+    },
+    async kill (signal: NodeJS.Signals = 'SIGKILL'): Promise<number | null> {
+      server.child.kill(signal)
+      return server.exit
+    }
+  }
+}
+
+interface Parts { waiting: number, outbox: { waiting: number, dead: number }, mixpanel: string }
+
+/** The relay is killed again and again while many write into its outbox; Mixpanel is out of reach, or comes and goes. */
+export async function killed (t: Test, { rounds, writers, isFlapping = false, env = {} as Env }: { rounds: number, writers: number, isFlapping?: boolean, env?: Env }) {
+  const sandbox = await startSandbox(t)
+  const outage = { name: 'edge_down' as const, times: 1_000_000 }
+  const settings = { OUTBOX: `file:${t.testdir({})}/outbox`, DEADLINE_MS: '2000', MIXPANEL_TIMEOUT_MS: '1000', ...env }
+  let url = ''
+  const callers = createCallers(() => url, { async: 0.5 })
+  sandbox.faults.add(outage)
+  let kills = 0
+  for (let round = 0; round < rounds; round++) {
+    const server = await startServer(t, sandbox.url, settings)
+    url = server.url
+    callers.start(writers)
+    await sleep(100 + Math.random() * 500)
+    if (isFlapping) {
+      sandbox.faults.clear()
+      await sleep(Math.random() * 300)
+      if (round % 2 === 0) sandbox.faults.add(outage)
+    }
+    await server.kill()
+    kills++
+    await callers.stop()
+    sandbox.faults.clear()
+    sandbox.faults.add(outage)
+  }
+  sandbox.faults.clear()
+  const server = await startServer(t, sandbox.url, settings)
+  await server.drained()
+  const exit = await server.kill('SIGTERM')
+  return { told: callers.told(), exit, broken: brokenPromises(callers.calls, sandbox.ledger.rows(), { repeats: kills * (400 + writers) }) }
+}
+
+/** Many callers meet every fault in turn, with an outbox behind them; then Mixpanel is well again. */
+export async function everyFault (t: Test, { requests }: { requests: number }) {
+  const sandbox = await startSandbox(t)
+  const server = await startServer(t, sandbox.url, {
+    OUTBOX: `file:${t.testdir({})}/outbox`, DEADLINE_MS: '1000', MIXPANEL_TIMEOUT_MS: '300'
+  })
+  const callers = createCallers(() => server.url)
+  const refusing = ['refused', 'echo', 'long_echo', 'mute_zero', 'bad_request', 'names_one_takes_none', 'slow_zero']
+  const names = [...refusing, ...[...Object.keys(FAULTS), ...LATE_FAULTS].filter(name => !refusing.includes(name))] as Fault['name'][]
+  const told: Record<string, Record<string, number>> = {}
+  for (const name of names) {
+    sandbox.faults.add({ name, times: 1_000_000, ms: 50 })
+    const before = callers.calls.length
+    await Promise.all(Array.from({ length: 20 }, async () => {
+      for (let count = 0; count < requests / 20; count++) await callers.call()
+    }))
+    told[name] = {}
+    for (const { status = 0 } of callers.calls.slice(before)) told[name][status] = (told[name][status] ?? 0) + 1
+    sandbox.faults.clear()
+    // The breaker closes again.
+    while (await callers.call() !== 200) await sleep(200)
+  }
+  await server.drained()
+  const { dead } = (await server.parts()).outbox
+  t.equal(await server.kill('SIGTERM'), 0)
+  return { told, dead, broken: brokenPromises(callers.calls, sandbox.ledger.rows(), { repeats: callers.calls.length }) }
+}
+
+/** A balancer that asks /readyz four times a second, and sends each request to the next one that is ready. */
+export async function startBalancer (t: Test) {
+  const backends = new Map<string, { pool: Pool, isReady: boolean }>()
+  let turn = 0
+  const timer = setInterval(() => {
+    for (const [url, backend] of backends) {
+      fetch(`${url}/readyz`).then(answer => { backend.isReady = answer.ok }, () => { backend.isReady = false })
+    }
+  }, 250)
+  const server = createServer(async (request, response) => {
+    const ready = [...backends.values()].filter(({ isReady }) => isReady)
+    const backend = ready[turn++ % ready.length]
+    try {
+      if (backend === undefined) throw new Error('nobody is ready')
+      const answer = await backend.pool.request({
+        method: 'POST', path: request.url ?? '/', headers: { 'content-type': 'application/json' }, body: await text(request)
+      })
+      response.writeHead(answer.statusCode).end(await answer.body.text())
+    } catch {
+      response.writeHead(599).end()
+    }
+  }).listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  t.teardown(() => {
+    clearInterval(timer)
+    server.closeAllConnections()
+    server.close()
+    for (const { pool } of backends.values()) pool.destroy()
+  })
+  return {
+    url: `http://127.0.0.1:${(server.address() as AddressInfo).port}`,
+    add: (url: string) => { backends.set(url, { pool: new Pool(url, { connections: 64 }), isReady: false }) },
+    isReady: (url: string) => backends.get(url)?.isReady === true
+  }
+}
+
+/** Relays replace each other behind a balancer, under load; Mixpanel is out of reach half the time. */
+export async function rolling (t: Test, { rounds, callers: count, env }: { rounds: number, callers: number, env: (round: number) => Env }) {
+  const sandbox = await startSandbox(t)
+  const balancer = await startBalancer(t)
+  const callers = createCallers(() => balancer.url, { pauseMs: 10 })
+  const join = async (round: number) => {
+    const server = await startServer(t, sandbox.url, { SHUTDOWN_DELAY_MS: '1200', DEADLINE_MS: '3000', ...env(round) })
+    balancer.add(server.url)
+    while (!balancer.isReady(server.url)) await sleep(50)
+    return server
+  }
+  let server = await join(0)
+  callers.start(count)
+  const codes: (number | null)[] = []
+  for (let round = 1; round <= rounds; round++) {
+    const next = await join(round)
+    if (round % 2 === 0) sandbox.faults.add({ name: 'edge_down', times: 1_000_000 })
+    codes.push(await server.kill('SIGTERM'))
+    sandbox.faults.clear()
+    server = next
+  }
+  await callers.stop()
+  // What an earlier one left in a directory of its own is another's to deliver.
+  codes.push(await server.kill('SIGTERM'))
+  return { sandbox, callers, codes }
+}

@@ -1,0 +1,63 @@
+import { setTimeout as sleep } from 'node:timers/promises'
+import { t } from 'tap'
+import { createCallers } from '../callers.ts'
+import { startRedis, startSandbox } from '../helper.ts'
+import { brokenPromises } from '../ledger.ts'
+import { startServer } from '../scenarios.ts'
+
+t.test('two relays, one Redis, which is killed and stopped; one relay is killed as well', async t => {
+  let redis = await startRedis(t)
+  if (redis === undefined) return
+  const sandbox = await startSandbox(t)
+  const env = { OUTBOX: 'redis', REDIS_URL: redis.url, DEADLINE_MS: '2000', MIXPANEL_TIMEOUT_MS: '1000' }
+  const relays = [await startServer(t, sandbox.url, env), await startServer(t, sandbox.url, env)]
+  let turn = 0
+  const callers = createCallers(() => relays[turn++ % relays.length]!.url, { pauseMs: 2 })
+  const outage = { name: 'edge_down' as const, times: 1_000_000 }
+  let kills = 0
+
+  for (let round = 0; round < 3; round++) {
+    sandbox.faults.add(outage)
+    callers.start(32)
+    await sleep(1500)
+    redis.child.kill('SIGKILL')
+    await redis.exit
+    kills++
+    await sleep(500)
+    const before = callers.calls.length
+    const since = callers.times.length
+    await sleep(500)
+    t.same(new Set(callers.calls.slice(before).map(({ status }) => status)), new Set([503]), 'without Redis nothing is promised')
+    t.comment(`longest answer without Redis: ${Math.max(...callers.times.slice(since)).toFixed(0)} ms`)
+    redis = (await startRedis(t, { port: redis.port, dir: redis.dir }))!
+    await sleep(1500)
+    sandbox.faults.clear()
+    await sleep(500)
+    await callers.stop()
+  }
+  t.ok(callers.told()[202]! > 100, JSON.stringify(callers.told()))
+
+  // Stopped, it answers nothing; nobody waits for it, and what it reads later it must not keep.
+  sandbox.faults.add(outage)
+  callers.start(32)
+  await sleep(1000)
+  redis.child.kill('SIGSTOP')
+  await sleep(300)
+  const since = callers.times.length
+  await sleep(2000)
+  t.ok(callers.times.length - since > 32 * 4, 'each has had several answers')
+  t.comment(`longest answer while Redis is stopped: ${Math.max(...callers.times.slice(since)).toFixed(0)} ms`)
+  redis.child.kill('SIGCONT')
+  await sleep(1000)
+
+  // One dies with entries in hand.
+  await relays[0]!.kill()
+  await callers.stop()
+  const [, other] = relays
+  sandbox.faults.clear()
+  await other!.drained()
+  t.equal(await other!.kill('SIGTERM'), 0)
+  t.comment(JSON.stringify(callers.told()))
+  const repeats = callers.calls.length
+  t.same(brokenPromises(callers.calls, sandbox.ledger.rows(), { repeats, doubtful: 32 * kills }), [])
+})

@@ -1,0 +1,53 @@
+import { setTimeout as sleep } from 'node:timers/promises'
+import { t } from 'tap'
+import { createCallers } from '../callers.ts'
+import { startSandbox } from '../helper.ts'
+import { brokenPromises } from '../ledger.ts'
+import { startServer } from '../scenarios.ts'
+
+const MINUTES = 3
+
+/** Says every five seconds how much the heap holds when its garbage is collected. */
+const gauge = `data:text/javascript,${encodeURIComponent(`
+  import { setFlagsFromString } from 'node:v8'
+  import { runInNewContext } from 'node:vm'
+  setFlagsFromString('--expose-gc')
+  const collect = runInNewContext('gc')
+  setInterval(() => { collect(); console.log('heap ' + process.memoryUsage().heapUsed) }, 5000).unref()`)}`
+
+t.test('three minutes of load and faults: memory does not grow, the outbox empties, nobody is lost', async t => {
+  const sandbox = await startSandbox(t)
+  const server = await startServer(t, sandbox.url, {
+    OUTBOX: `file:${t.testdir({})}/outbox`, DEADLINE_MS: '2000', MIXPANEL_TIMEOUT_MS: '500', LOG_LEVEL: 'warn', NODE_OPTIONS: `--import=${gauge}`
+  })
+  const callers = createCallers(() => server.url, { async: 0.1, pauseMs: 20 })
+  const faults = ['edge_down', 'hang', 'reset_after', 'rate_limited', 'wait', 'garbage'] as const
+  const samples: { calls: number, heap: number }[] = []
+  let seen = 0
+  const until = Date.now() + MINUTES * 60_000
+  callers.start(16)
+  for (let round = 0; Date.now() < until; round++) {
+    if (round % 10 === 0) sandbox.faults.add({ name: faults[round / 10 % faults.length]!, times: 1_000_000, ms: 50 })
+    if (round % 10 === 3) sandbox.faults.clear()
+    await sleep(1000)
+    sandbox.requests.length = 0
+    const heaps = [...server.output().matchAll(/^heap (\d+)$/gm)].map(([, bytes]) => Number(bytes))
+    for (const heap of heaps.slice(seen)) samples.push({ calls: callers.calls.length, heap })
+    seen = heaps.length
+  }
+  await callers.stop()
+  sandbox.faults.clear()
+  await server.drained()
+  t.equal(await server.kill('SIGTERM'), 0)
+
+  // The last two thirds: before, code is compiled and caches fill.
+  const late = samples.slice(Math.floor(samples.length / 3))
+  const mean = (values: number[]) => values.reduce((sum, value) => sum + value, 0) / values.length
+  const [calls, heap] = [mean(late.map(sample => sample.calls)), mean(late.map(sample => sample.heap))]
+  const slope = late.reduce((sum, one) => sum + (one.calls - calls) * (one.heap - heap), 0) / late.reduce((sum, one) => sum + (one.calls - calls) ** 2, 0)
+  t.comment(`${late.length} samples, ${callers.calls.length} calls ${JSON.stringify(callers.told())}; ` +
+    `heap ${(heap / 2 ** 20).toFixed(1)} MiB, ${(slope * 1000 / 1024).toFixed(1)} KiB for a thousand calls`)
+  t.ok(late.length >= 15)
+  t.ok(slope * 1000 < 20 * 1024, 'under 20 KiB for a thousand calls')
+  t.same(brokenPromises(callers.calls, sandbox.ledger.rows(), { repeats: callers.calls.length }), [])
+})
