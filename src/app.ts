@@ -9,6 +9,7 @@ import { origins } from './plugins/origins.ts'
 import { answerBadUrl, answerClientError, problems } from './plugins/problems.ts'
 import { requestId, requests } from './plugins/requests.ts'
 import { Problem } from './problem.ts'
+import type { Redis } from './redis.ts'
 import type { Relay } from './relay.ts'
 import { batch } from './routes/batch.ts'
 import { docs } from './routes/docs.ts'
@@ -26,6 +27,8 @@ const KEEP_ALIVE_MS = 65_000
 
 export interface Dependencies {
   relay: Relay
+  /** For limits that all relays share. */
+  redis?: Redis | undefined
   logger: Logger
   /** The OpenAPI document, made when somebody asks for it. */
   document: () => Promise<object>
@@ -42,7 +45,7 @@ export interface Dependencies {
  *
  * Returns the app, not yet listening; `app.close()` lets requests in flight finish and then closes the relay.
  */
-export async function buildApp (config: Config, { relay, logger, document, prepare }: Dependencies) {
+export async function buildApp (config: Config, { relay, redis, logger, document, prepare }: Dependencies) {
   const app: FastifyInstance = Fastify({
     genReqId: requestId,
     requestIdHeader: false,
@@ -72,7 +75,7 @@ export async function buildApp (config: Config, { relay, logger, document, prepa
   await app.register(origins, { config })
   await app.register(draining, { relay })
   await app.register(framing)
-  await app.register(limits, { config })
+  await app.register(limits, { config, redis })
   await prepare?.(app)
   app.addSchema(Problem)
   app.setNotFoundHandler({ preHandler: app.rateLimit() }, async (request, reply) => {

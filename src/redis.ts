@@ -42,3 +42,11 @@ export async function connectRedis (url: string, log: Log): Promise<Redis> {
   })
   return redis
 }
+
+/**
+ * To be told of every failed command. A Redis that does not answer is left, and until it answers again its commands
+ * fail at once: only the first callers have waited for it.
+ */
+export function lost (redis: Redis, error: Error): void {
+  if (error.message === 'Command timed out' && redis.status === 'ready') redis.disconnect(true)
+}

@@ -71,7 +71,7 @@ async function serve (config: Config): Promise<void> {
     : await takeOrders(directory, order => operate(outbox, config, order)).catch(({ code }) =>
       logger.warn({ cause: code }, 'no socket in the outbox directory: its commands need the relay to be stopped'))
   const relay = createRelay(config, createMixpanel(config), logger, outbox)
-  const app = await buildApp(config, { relay, logger, document: async () => (await describe(config)).document })
+  const app = await buildApp(config, { relay, redis, logger, document: async () => (await describe(config)).document })
   // Signal 10 would open Node's inspector on loopback, which the neighbours in a pod share.
   process.on('SIGUSR1', () => {})
   const delay = config.SHUTDOWN_DELAY_MS + config.SHUTDOWN_TIMEOUT_MS + CLOSING_MS

@@ -51,7 +51,7 @@ export async function startRelay (t: Test, env: Env = {}, options: Parameters<ty
   }))
   const outbox = await openOutbox(config, redis, logger)
   const relay = createRelay(config, createMixpanel(config), logger, outbox)
-  const app = await buildApp(config, { relay, logger, document: async () => (await openapi(config)).document })
+  const app = await buildApp(config, { relay, redis, logger, document: async () => (await openapi(config)).document })
   t.teardown(() => app.close())
 
   async function inject (options: { method?: string, url: string, headers?: Env, payload?: unknown, remoteAddress?: string }) {

@@ -11,8 +11,9 @@ type Log = StoreLog & Record<'debug', (what: object, message: string) => void>
 
 interface Outcome { entry: Entry, verdict: Verdict }
 
-/** After a failure a round is an eighth of the one before, down to a lone probe; after a success it grows again. */
-const STEP = 8
+/** After a failure a round is an eighth of the one before, down to a lone probe; after a success twice as large. */
+const SHRINKS = 8
+const GROWS = 2
 
 /** Another relay may have died, or come back with something in hand; and a store that failed may be well again. */
 const LOOK_AGAIN_MS = 1000
@@ -99,14 +100,14 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
     if (failed.length === 0) {
       if (state.failures > 0) log.info(outbox.counts(), 'the outbox is drained again')
       state.failures = 0
-      state.size = Math.min(state.size * STEP, most)
+      state.size = Math.min(state.size * GROWS, most)
       return
     }
     const retryAfterMs = Math.max(...failed.map(verdict => 'retryAfter' in verdict ? verdict.retryAfter * 1000 : 0))
     // It was not even asked.
     if (failed.every(({ code }) => code === 'mixpanel_unavailable')) return pace.outage(retryAfterMs)
     if (state.failures++ === 0) log.warn({ code: failed[0]?.code, ...outbox.counts() }, 'the outbox waits for Mixpanel')
-    state.size = Math.max(1, Math.ceil(outcomes.length / STEP))
+    state.size = Math.max(1, Math.ceil(outcomes.length / SHRINKS))
     const ms = Math.max(backoffMs(state.failures), retryAfterMs)
     await (delivery.isOpen() ? pace.outage(ms) : pace.backoff(ms))
   }

@@ -1,7 +1,7 @@
 import { randomUUID } from 'node:crypto'
 import { createBatcher } from '../batcher.ts'
 import { claimOf, type IdentifyEvent } from '../event.ts'
-import type { Redis } from '../redis.ts'
+import { lost, type Redis } from '../redis.ts'
 import { MAX_ENTRIES, seldom, type DeadLetter, type Entry, type Outbox, type StoreLog } from './outbox.ts'
 import { SCRIPTS } from './scripts.ts'
 
@@ -35,7 +35,11 @@ export async function openRedis (
   for (const [name, lua] of Object.entries(SCRIPTS)) redis.defineCommand(name, { numberOfKeys: keys.length, lua })
   type Script = (...args: (string | number)[]) => Promise<[waiting: number, dead: number, result: unknown]>
   async function run<Result> (name: keyof typeof SCRIPTS, ...args: (string | number)[]): Promise<Result> {
-    const [waiting, dead, result] = await (redis as unknown as Record<string, Script>)[name]!(...keys, ...args)
+    const script = (redis as unknown as Record<string, Script>)[name] as Script
+    const [waiting, dead, result] = await script.call(redis, ...keys, ...args).catch(error => {
+      lost(redis, error)
+      throw error
+    })
     counts = { waiting, dead }
     return result as Result
   }
@@ -57,6 +61,7 @@ export async function openRedis (
     try {
       return await work()
     } catch (error) {
+      lost(redis, error as Error)
       complain({ cause: (error as Error).message }, 'the outbox cannot be used')
       return Array.from({ length: count }, () => failed)
     }

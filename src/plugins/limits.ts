@@ -1,12 +1,17 @@
-import rateLimit, { normalizeIP } from '@fastify/rate-limit'
+import { createRequire } from 'node:module'
+import rateLimit, { normalizeIP, type FastifyRateLimitStore, type FastifyRateLimitStoreCtor } from '@fastify/rate-limit'
 import fp from 'fastify-plugin'
 import type { Config } from '../config.ts'
+import { lost, type Redis } from '../redis.ts'
+
+/** With the default of 5,000 a caller who is out of his limit is forgotten as soon as 5,000 others came. */
+const CACHE = 100_000
 
 /**
  * A caller is an address, IPv6 by /64; forwarded addresses count only from a proxy in TRUST_PROXY. Routes opt in with
- * `config: { rateLimit: {} }`; what is not found has a budget of its own.
+ * `config: { rateLimit: {} }`; what is not found has a budget of its own. With `redis` all relays count together.
  */
-export const limits = fp<{ config: Config }>(async (app, { config }) => {
+export const limits = fp<{ config: Config, redis?: Redis | undefined }>(async (app, { config, redis }) => {
   await app.register(rateLimit, {
     global: false,
     max: config.RATE_LIMIT_MAX,
@@ -14,8 +19,8 @@ export const limits = fp<{ config: Config }>(async (app, { config }) => {
     enableDraftSpec: true,
     // Only who is out of his limit is told of it: three headers in every answer would cost as much as the count.
     addHeadersOnExceeding: { 'ratelimit-limit': false, 'ratelimit-remaining': false, 'ratelimit-reset': false },
-    // With the default of 5,000 a caller who is out of his limit is forgotten as soon as 5,000 others came.
-    cache: 100_000,
+    cache: CACHE,
+    ...redis && { store: sharedStore(redis) },
     // Some proxies write address:port, and every connection would be another caller.
     ...config.TRUST_PROXY.length > 0 && { keyGenerator: ({ ip }: { ip: string }) => normalizeIP(withoutPort(ip)) }
   })
@@ -23,4 +28,24 @@ export const limits = fp<{ config: Config }>(async (app, { config }) => {
 
 function withoutPort (ip: string): string {
   return /^(\d+\.\d+\.\d+\.\d+):\d+$/.exec(ip)?.[1] ?? /^\[(.+)\](?::\d+)?$/.exec(ip)?.[1] ?? ip
+}
+
+/** Both of the plugin's own stores at once: where Redis does not answer, this process goes by its own count. */
+function sharedStore (redis: Redis): FastifyRateLimitStoreCtor {
+  const require = createRequire(import.meta.url)
+  const LocalStore = require('@fastify/rate-limit/store/LocalStore.js')
+  const RedisStore = require('@fastify/rate-limit/store/RedisStore.js')
+
+  const both = (local: FastifyRateLimitStore, shared: FastifyRateLimitStore): FastifyRateLimitStore => ({
+    incr (key, callback, timeWindow, max) {
+      local.incr(key, (_, own) => shared.incr(key, (error, common) => {
+        if (error !== null) lost(redis, error)
+        callback(null, error === null ? common : own)
+      }, timeWindow, max), timeWindow, max)
+    },
+    child: options => both(local.child(options), shared.child(options))
+  })
+  return function () {
+    return both(new LocalStore(false, false, CACHE), new RedisStore(false, false, redis, 'identify-relay:limit:'))
+  } as unknown as FastifyRateLimitStoreCtor
 }

@@ -1,0 +1,176 @@
+import { mock } from 'node:test'
+import { t, type Test } from 'tap'
+import { readConfig } from '../src/config.ts'
+import type { Delivery, Item } from '../src/delivery.ts'
+import { identifyEvent } from '../src/event.ts'
+import { createDrain } from '../src/outbox/drain.ts'
+import type { Entry, Outbox } from '../src/outbox/outbox.ts'
+import { backoffMs } from '../src/outbox/pace.ts'
+import type { Verdict } from '../src/verdict.ts'
+import { identity } from './helper.ts'
+
+const down: Verdict = { code: 'mixpanel_unreachable', cause: 'status 503', again: true }
+const accepted: Verdict = { code: 'accepted' }
+
+/** A drain on a clock of the test's own, between an outbox in memory and a Mixpanel that `answer` plays. */
+function start (t: Test, count: number, answer: (items: Item[]) => Verdict[], env = {}) {
+  mock.timers.enable({ apis: ['setTimeout', 'Date'], now: Date.now() })
+  t.teardown(() => mock.timers.reset())
+  let entries: Entry[] = Array.from({ length: count }, (_, index) =>
+    ({ id: String(index), event: identifyEvent(identity({ identified_id: `user-${index}` }), Date.now()) }))
+  const arrays: string[][] = []
+  const said: string[] = []
+  const store = { isBroken: false }
+  const rounds: { at: number, arrays: number[] }[] = []
+  const state = { isOpen: false }
+  const outbox = {
+    async take (most: number) {
+      if (store.isBroken) throw new Error('the disk is gone')
+      rounds.push({ at: Date.now(), arrays: [] })
+      return entries.slice(0, most)
+    },
+    async done (done: Entry[]) {
+      if (store.isBroken) throw new Error('the disk is gone')
+      entries = entries.filter(entry => !done.includes(entry))
+    },
+    async bury (letters: { entry: Entry }[]) { entries = entries.filter(entry => !letters.some(letter => letter.entry === entry)) },
+    counts: () => ({ waiting: entries.length, dead: 0 })
+  } as unknown as Outbox
+  const delivery = {
+    async deliver (items: Item[]) {
+      arrays.push(items.map(({ event }) => String(event.properties.$identified_id)))
+      rounds.at(-1)?.arrays.push(items.length)
+      return answer(items)
+    },
+    isOpen: () => state.isOpen
+  } as unknown as Delivery
+  const say = (what: object, message: string) => { said.push(message) }
+  const drain = createDrain(readConfig({ MIXPANEL_TOKEN: 'x', ...env }, () => ''), outbox, delivery, { debug () {}, info: say, warn: say, error: say })
+  const turn = async () => { for (let count = 0; count < 50; count++) await new Promise(resolve => setImmediate(resolve)) }
+  return {
+    drain,
+    arrays,
+    rounds,
+    said,
+    store,
+    state,
+    waiting: () => entries.length,
+    /** Lets the clock run on. */
+    async pass (seconds: number) {
+      await turn()
+      for (let tenth = 0; tenth < seconds * 10; tenth++) {
+        mock.timers.tick(100)
+        await turn()
+      }
+    }
+  }
+}
+
+t.test('full arrays, eight at a time, oldest first', async t => {
+  const { arrays, pass, waiting, drain } = start(t, 1000, items => items.map(() => accepted))
+  await pass(0)
+  t.equal(waiting(), 0)
+  t.same(arrays.map(array => array.length), Array.from({ length: 20 }, () => 50))
+  t.same(arrays.flat(), Array.from({ length: 1000 }, (_, index) => `user-${index}`))
+  await drain.stop()
+})
+
+t.test('an outage: it backs off as Mixpanel asks, with ever smaller probes, and comes back at once', async t => {
+  const mixpanel = { isDown: true }
+  const { rounds, said, pass, waiting, drain, state } = start(t, 1000, items => items.map(() => mixpanel.isDown ? down : accepted))
+  state.isOpen = true
+  await pass(120)
+  t.same(rounds.map(({ arrays }) => arrays.reduce((sum, size) => sum + size)), [400, 50, 7, 1, 1, 1].slice(0, rounds.length))
+  const pauses = rounds.slice(1).map(({ at }, index) => (at - rounds[index]!.at) / 1000)
+  pauses.forEach((seconds, index) => {
+    const least = Math.min(2 ** (index + 1), 60) + 1
+    t.ok(seconds >= least && seconds <= least + 4.2, `pause ${index + 1}: ${seconds} s`)
+  })
+  t.ok(pauses.length >= 4)
+  drain.added()
+  await pass(0)
+  t.equal(rounds.length, pauses.length + 1, 'what is added to an outage changes nothing')
+  mixpanel.isDown = false
+  state.isOpen = false
+  drain.recovered()
+  await pass(0)
+  t.equal(waiting(), 0)
+  t.same(rounds.slice(pauses.length + 1).map(({ arrays }) => arrays.reduce((sum, size) => sum + size, 0)), [1, 2, 4, 8, 16, 32, 64, 128, 256, 400, 89, 0])
+  t.same(said, ['the outbox waits for Mixpanel', 'the outbox is drained again'])
+  await drain.stop()
+})
+
+t.test('the breaker is open: nothing was asked, so it only waits for the next probe', async t => {
+  const { rounds, pass, drain, said } = start(t, 10, items => items.map(() => ({ code: 'mixpanel_unavailable', retryAfter: 3 })))
+  await pass(10)
+  t.same(rounds.map(({ at }) => Math.round((at - rounds[0]!.at) / 1000)), [0, 3, 6, 9])
+  t.same(said, [])
+  await drain.stop()
+})
+
+t.test('429: not before Mixpanel says; while others are taken it tries again after five seconds', async t => {
+  const { rounds, pass, drain } = start(t, 10, items => items.map(() => ({ code: 'mixpanel_rate_limited', cause: 'status 429', retryAfter: 30 })))
+  await pass(29)
+  t.equal(rounds.length, 1)
+  await pass(2)
+  t.equal(rounds.length, 2)
+  await pass(3)
+  drain.recovered()
+  await pass(0)
+  t.equal(rounds.length, 2)
+  await pass(2)
+  drain.recovered()
+  await pass(0)
+  t.equal(rounds.length, 3)
+  await drain.stop()
+})
+
+t.test('one on which Mixpanel fails holds up nobody for long', async t => {
+  const isPoison = ({ event }: Item) => event.properties.$identified_id === 'user-7'
+  const { arrays, pass, waiting, drain } = start(t, 200, items => items.map(() => items.some(isPoison) ? down : accepted))
+  await pass(60)
+  t.equal(waiting(), 1)
+  const alone = arrays.filter(array => array.includes('user-7') && array.length === 1)
+  t.ok(alone.length >= 2, 'it is tried again, alone')
+  t.ok(arrays.filter(array => array.includes('user-7')).length - alone.length <= 4)
+  await drain.stop()
+})
+
+t.test('the store fails: it waits, says so, and sends nothing twice', async t => {
+  const { arrays, pass, waiting, store, said, drain } = start(t, 100, items => {
+    store.isBroken = true
+    return items.map(() => accepted)
+  })
+  await pass(3)
+  t.equal(waiting(), 100)
+  store.isBroken = false
+  await pass(2)
+  t.equal(waiting(), 0)
+  t.same(arrays.map(array => array.length), [50, 50])
+  t.ok(said.includes('the outbox cannot be emptied'))
+  await drain.stop()
+})
+
+t.test('it stops in the middle of a round that does not end', async t => {
+  const never = new Promise<Verdict[]>(() => {})
+  const { pass, drain, waiting } = start(t, 10, () => never as unknown as Verdict[])
+  await pass(1)
+  const stopped = drain.stop()
+  await pass(3)
+  await stopped
+  t.equal(waiting(), 10)
+})
+
+t.test('arrays: large ones are divided, MAX_BATCH=1 never merges', async t => {
+  const { arrays, pass, drain } = start(t, 20, items => items.map(() => accepted), { MAX_BATCH: '1' })
+  await pass(0)
+  t.equal(arrays.length, 20)
+  await drain.stop()
+})
+
+t.test('the backoff of Mixpanel\'s documentation', async t => {
+  for (const [failures, least] of [[1, 2], [2, 4], [3, 8], [5, 32], [6, 60], [60, 60]] as const) {
+    const ms = backoffMs(failures)
+    t.ok(ms >= least * 1000 + 1000 && ms <= least * 1000 + 5000)
+  }
+})
