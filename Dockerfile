@@ -16,6 +16,8 @@ WORKDIR /app
 COPY --from=dependencies /app/node_modules node_modules
 COPY --from=build /app/dist dist
 COPY package.json LICENSE ./
+# A new volume that is mounted here is user 1000's as well: OUTBOX=file:/var/lib/identify-relay
+RUN install -d -o 1000 -g 1000 -m 700 /var/lib/identify-relay
 USER 1000:1000
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=3s --start-period=5s --start-interval=1s CMD ["node", "dist/server.js", "healthcheck"]

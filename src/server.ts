@@ -68,8 +68,8 @@ async function serve (config: Config): Promise<void> {
   const directory = directoryOf(config)
   const endOrders = directory === undefined || outbox === undefined
     ? undefined
-    : await takeOrders(directory, order => operate(outbox, config, order)).catch(({ code }) =>
-      logger.warn({ cause: code }, 'no socket in the outbox directory: its commands need the relay to be stopped'))
+    : await takeOrders(directory, order => operate(outbox, config, order)).catch(({ message }) =>
+      logger.warn({ cause: message }, 'no socket in the outbox directory: its commands need the relay to be stopped'))
   const relay = createRelay(config, createMixpanel(config), logger, outbox)
   const app = await buildApp(config, { relay, redis, logger, document: async () => (await describe(config)).document })
   // Signal 10 would open Node's inspector on loopback, which the neighbours in a pod share.

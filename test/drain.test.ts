@@ -6,6 +6,8 @@ import { identifyEvent } from '../src/event.ts'
 import { createDrain } from '../src/outbox/drain.ts'
 import type { Entry, Outbox } from '../src/outbox/outbox.ts'
 import { backoffMs } from '../src/outbox/pace.ts'
+import { choose } from '../src/outbox/round.ts'
+import { createSuspects } from '../src/outbox/suspects.ts'
 import type { Verdict } from '../src/verdict.ts'
 import { identity } from './helper.ts'
 
@@ -161,11 +163,27 @@ t.test('it stops in the middle of a round that does not end', async t => {
   t.equal(waiting(), 10)
 })
 
-t.test('arrays: large ones are divided, MAX_BATCH=1 never merges', async t => {
-  const { arrays, pass, drain } = start(t, 20, items => items.map(() => accepted), { MAX_BATCH: '1' })
-  await pass(0)
-  t.equal(arrays.length, 20)
-  await drain.stop()
+t.test('it stops while the store fails', async t => {
+  const { pass, drain, store } = start(t, 10, items => {
+    store.isBroken = true
+    drain.stop()
+    return items.map(() => accepted)
+  })
+  await pass(5)
+  t.ok(store.isBroken)
+})
+
+t.test('MAX_BATCH=1 never merges; large events make small arrays; what is replayed goes by its own endpoint', async t => {
+  const single = start(t, 20, items => items.map(() => accepted), { MAX_BATCH: '1' })
+  await single.pass(0)
+  t.same(single.rounds.map(({ arrays }) => arrays.length), [8, 8, 4, 0])
+  await single.drain.stop()
+  const none = createSuspects()
+  const entry = (text = '', more = {}): Entry => ({ id: '1', event: identifyEvent(identity({ properties: { text } }), 0), ...more })
+  const large = Array.from({ length: 100 }, () => entry('x'.repeat(100_000)))
+  t.same(choose(large, 400, none, 50).map(array => array.length), Array.from({ length: 8 }, () => 4))
+  const mixed = [entry(), entry('', { endpoint: 'import' }), entry('', { endpoint: 'import' }), entry()]
+  t.same(choose(mixed, 400, none, 50).map(array => array.length), [1, 2, 1])
 })
 
 t.test('the backoff of Mixpanel\'s documentation', async t => {

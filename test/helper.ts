@@ -1,7 +1,10 @@
 import { randomUUID } from 'node:crypto'
 import { spawn, spawnSync, type ChildProcess } from 'node:child_process'
 import { once } from 'node:events'
+import { mkdtempSync, rmSync } from 'node:fs'
 import { connect, createServer, type AddressInfo } from 'node:net'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
 import { Writable } from 'node:stream'
 import { pino } from 'pino'
 import type { Test } from 'tap'
@@ -97,14 +100,21 @@ export function startProcess (t: Test, script: string, args: string[] = [], env:
   return { child, exit, until, output: () => output }
 }
 
+/** A new directory with a short path: that of a socket has a limit. */
+export function temporary (t: Test): string {
+  const path = mkdtempSync(join(tmpdir(), 'relay-'))
+  t.teardown(() => rmSync(path, { recursive: true, force: true }))
+  return path
+}
+
 /** A Redis of the test's own, or undefined with a word where redis-server is not installed. */
-export async function startRedis (t: Test, { port = 0, dir = t.testdir({}), fsync = 'always' } = {}) {
+export async function startRedis (t: Test, { port = 0, dir = t.testdir({}), fsync = 'always', more = [] as string[] } = {}) {
   if (spawnSync('redis-server', ['--version']).status !== 0) {
     t.comment('skipped: redis-server is not installed')
     return undefined
   }
   const free = port === 0 ? await freePort() : port
-  const child = spawn('redis-server', ['--port', String(free), '--bind', '127.0.0.1', '--dir', dir, '--save', '', '--appendonly', 'yes', '--appendfsync', fsync])
+  const child = spawn('redis-server', ['--port', String(free), '--bind', '127.0.0.1', '--dir', dir, '--save', '', '--appendonly', 'yes', '--appendfsync', fsync, ...more])
   const exit = new Promise(resolve => child.once('close', resolve))
   t.teardown(async () => {
     child.kill('SIGKILL')

@@ -143,6 +143,7 @@ t.test('dead letters: refused, too old, too large; operators list, replay and dr
   await emptied(relay)
   const dead = (await lines(relay, 'dead')).map(line => JSON.parse(line))
   t.same(dead.map(letter => letter.reason).sort(), ['event, invalid', 'event, invalid', 'older than 4.5 days'].sort())
+  t.same(await lines(relay, 'drop', '0'), ['0 dropped.', '1 unknown: see outbox dead.'])
   t.ok(relay.logged().some(line => line.level === 40 && line.msg === 'cannot be delivered: dead letters'))
   relay.sandbox.faults.clear()
 

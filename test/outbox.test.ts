@@ -1,13 +1,15 @@
 import { randomUUID } from 'node:crypto'
-import { mkdirSync, readdirSync, statSync } from 'node:fs'
+import { mkdirSync, readdirSync, statSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { t, type Test } from 'tap'
 import { claimOf, identifyEvent } from '../src/event.ts'
+import { giveOrder, takeOrders } from '../src/outbox/control.ts'
 import { openRedis } from '../src/outbox/redis.ts'
 import type { Entry, Outbox } from '../src/outbox/outbox.ts'
 import { openSqlite } from '../src/outbox/sqlite.ts'
 import { connectRedis } from '../src/redis.ts'
-import { startRedis } from './helper.ts'
+import { identity, startRedis, temporary } from './helper.ts'
 
 const silent = { info () {}, warn () {}, error () {} }
 
@@ -124,7 +126,70 @@ t.test('SQLite: one process, one project, only its owner\'s', async t => {
   await again.close()
   const other = openSqlite(path, 'another', silent)
   await other.close()
+  writeFileSync(join(path, 'lock'), 'this is no database, and nobody\'s lock. '.repeat(100))
+  t.throws(() => openSqlite(path, 'a-project', silent), { code: 'SQLITE_NOTADB' })
   t.throws(() => openSqlite('README.md/outbox', 'a-project', silent), { code: 'ENOTDIR' })
+})
+
+t.test('SQLite: what cannot be written is not kept, and says so once a second', async t => {
+  const said: string[] = []
+  const outbox = openSqlite(t.testdir({}), 'a-project', { ...silent, error: (what, message) => { said.push(message) } })
+  const unwritable = event()
+  Object.assign(unwritable.properties, { toJSON () { throw new Error('cannot be written') } })
+  t.same(await Promise.all([outbox.put(event()), outbox.put(unwritable)]), [false, false], 'all of a commit or none')
+  t.equal(await outbox.put(unwritable), false)
+  t.same(said, ['the outbox keeps nothing'])
+  t.same(outbox.counts(), { waiting: 0, dead: 0 })
+  t.equal(await outbox.put(event()), true)
+  await outbox.close()
+})
+
+t.test('SQLite: an outage\'s space goes back to the disk', async t => {
+  const directory = t.testdir({})
+  const outbox = openSqlite(directory, 'a-project', silent)
+  const large = () => identifyEvent({ ...identity(), properties: { text: 'x'.repeat(10_000) } }, Date.now())
+  await Promise.all(Array.from({ length: 1000 }, () => outbox.put(large())))
+  await outbox.done(await outbox.take(999))
+  t.ok(statSync(join(directory, 'outbox.db')).size > 8_000_000)
+  await outbox.done(await outbox.take(1))
+  t.ok(statSync(join(directory, 'outbox.db')).size < 100_000)
+  await outbox.close()
+})
+
+t.test('orders to another process: all of the answer, or an error', async t => {
+  const directory = temporary(t)
+  const end = await takeOrders(directory, async function * (order) {
+    if (order[0] === 'refuse') throw new Error('no')
+    for (let line = 0; line < 5000; line++) yield `${'x'.repeat(99)}\n`
+    if (order[0] === 'break') throw new Error('in the middle')
+    while (order[0] === 'forever') yield `${'x'.repeat(9999)}\n`
+  })
+  const ask = async (order: string, most = Infinity) => {
+    let length = 0
+    for await (const text of giveOrder(directory, [order])) {
+      length += text.length
+      if (length > most) break
+    }
+    return length
+  }
+  t.equal(await ask('list'), 500_000)
+  await t.rejects(ask('refuse'), { message: 'no' })
+  await t.rejects(ask('break'))
+  t.ok(await ask('forever', 1_000_000) > 1_000_000)
+  await sleep(100)
+  end()
+  await t.rejects(ask('list'), { message: /does not take orders/ })
+})
+
+t.test('Redis that does not tell how it keeps data', async t => {
+  const server = await startRedis(t, { more: ['--rename-command', 'CONFIG', ''] })
+  if (server === undefined) return
+  const said: string[] = []
+  const log = { ...silent, warn: (what: object, message: string) => { said.push(message) } }
+  const redis = await connectRedis(server.url, log)
+  t.teardown(() => redis.disconnect())
+  await (await openRedis(redis, 'a-project', log, 500)).close()
+  t.match(said, [/^Redis does not tell how it keeps its data/])
 })
 
 t.test('Redis', async t => {

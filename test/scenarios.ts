@@ -7,7 +7,7 @@ import type { Test } from 'tap'
 import { Pool } from 'undici'
 import { FAULTS, LATE_FAULTS, type Fault } from '../src/sandbox/faults.ts'
 import { createCallers } from './callers.ts'
-import { startProcess, startSandbox, TOKEN, type Env } from './helper.ts'
+import { startProcess, startSandbox, temporary, TOKEN, type Env } from './helper.ts'
 import { brokenPromises } from './ledger.ts'
 
 export const SERVER = 'dist/server.js'
@@ -41,7 +41,7 @@ interface Parts { waiting: number, outbox: { waiting: number, dead: number }, mi
 export async function killed (t: Test, { rounds, writers, isFlapping = false, env = {} as Env }: { rounds: number, writers: number, isFlapping?: boolean, env?: Env }) {
   const sandbox = await startSandbox(t)
   const outage = { name: 'edge_down' as const, times: 1_000_000 }
-  const settings = { OUTBOX: `file:${t.testdir({})}/outbox`, DEADLINE_MS: '2000', MIXPANEL_TIMEOUT_MS: '1000', ...env }
+  const settings = { OUTBOX: `file:${temporary(t)}/outbox`, DEADLINE_MS: '2000', MIXPANEL_TIMEOUT_MS: '1000', ...env }
   let url = ''
   const callers = createCallers(() => url, { async: 0.5 })
   sandbox.faults.add(outage)
@@ -73,7 +73,7 @@ export async function killed (t: Test, { rounds, writers, isFlapping = false, en
 export async function everyFault (t: Test, { requests }: { requests: number }) {
   const sandbox = await startSandbox(t)
   const server = await startServer(t, sandbox.url, {
-    OUTBOX: `file:${t.testdir({})}/outbox`, DEADLINE_MS: '1000', MIXPANEL_TIMEOUT_MS: '300'
+    OUTBOX: `file:${temporary(t)}/outbox`, DEADLINE_MS: '1000', MIXPANEL_TIMEOUT_MS: '300'
   })
   const callers = createCallers(() => server.url)
   const refusing = ['refused', 'echo', 'long_echo', 'mute_zero', 'bad_request', 'names_one_takes_none', 'slow_zero']

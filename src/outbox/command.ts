@@ -5,7 +5,8 @@ import { directoryOf, openOutbox } from './open.ts'
 import { operate, OrderError } from './operators.ts'
 import { DirectoryInUse } from './outbox.ts'
 
-const silent = { info () {}, warn () {}, error () {} }
+const nothing = () => {}
+const silent = { info: nothing, warn: nothing, error: nothing }
 
 /**
  * `outbox list | dead | replay | drop` from the command line: see `operate`. A directory that a relay has open is left

@@ -5,15 +5,23 @@ import { join } from 'node:path'
 import { text } from 'node:stream/consumers'
 import { OrderError } from './operators.ts'
 
+/** The shortest limit of the systems that Node runs on. */
+const MAX_PATH = 103
+
 /**
  * Only one process may open an outbox's directory, so an operator's process asks the relay that has it: by HTTP,
  * through a socket in the directory, which is its owner's alone.
  */
-const socketIn = (directory: string) => join(directory, 'operators.sock')
+function socketIn (directory: string): string {
+  const path = join(directory, 'operators.sock')
+  // Node cuts a longer path off, and the socket would be somewhere else, open to others.
+  if (Buffer.byteLength(path) > MAX_PATH) throw new OrderError(`${path} is too long for a socket: stop the relay.`)
+  return path
+}
 
 /**
  * Lets operators' processes give orders to this one; `carryOut` yields what to print. Resolves with a function that
- * ends it; rejects when there can be no socket (its path may have some hundred characters).
+ * ends it; rejects when there can be no socket.
  */
 export async function takeOrders (
   directory: string, carryOut: (order: string[]) => AsyncIterable<string>

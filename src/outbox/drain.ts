@@ -55,8 +55,9 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
     const arrays = choose(entries.filter(entry => !old.includes(entry)), state.size, suspects, config.MAX_BATCH)
     if (arrays.length === 0) return pace.idle(LOOK_AGAIN_MS)
     const outcomes = (await Promise.all(arrays.map(deliver))).flat()
+    if (state.isAbandoned) return
     // Before anything else is sent the outbox must know what has been.
-    while (!state.isAbandoned && !await orWait(() => settle(outcomes)));
+    while (!await orWait(() => settle(outcomes)) && !pace.isStopped());
     await adapt(outcomes)
   }
 

@@ -1,7 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
 import { createCallers } from '../callers.ts'
-import { startSandbox } from '../helper.ts'
+import { startSandbox, temporary } from '../helper.ts'
 import { brokenPromises } from '../ledger.ts'
 import { startServer } from '../scenarios.ts'
 
@@ -18,7 +18,7 @@ const gauge = `data:text/javascript,${encodeURIComponent(`
 t.test('three minutes of load and faults: memory does not grow, the outbox empties, nobody is lost', async t => {
   const sandbox = await startSandbox(t)
   const server = await startServer(t, sandbox.url, {
-    OUTBOX: `file:${t.testdir({})}/outbox`, DEADLINE_MS: '2000', MIXPANEL_TIMEOUT_MS: '500', LOG_LEVEL: 'warn', NODE_OPTIONS: `--import=${gauge}`
+    OUTBOX: `file:${temporary(t)}/outbox`, DEADLINE_MS: '2000', MIXPANEL_TIMEOUT_MS: '500', LOG_LEVEL: 'warn', NODE_OPTIONS: `--import=${gauge}`
   })
   const callers = createCallers(() => server.url, { async: 0.1, pauseMs: 20 })
   const faults = ['edge_down', 'hang', 'reset_after', 'rate_limited', 'wait', 'garbage'] as const
