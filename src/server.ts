@@ -7,9 +7,8 @@ import { ConfigError, isLoopback, readConfig, SECRETS, type Config } from './con
 import { baseUrl, createMixpanel } from './mixpanel.ts'
 import { command } from './outbox/command.ts'
 import { takeOrders } from './outbox/control.ts'
-import { directoryOf, openOutbox } from './outbox/open.ts'
+import { directoryOf, openConnection, openOutbox } from './outbox/open.ts'
 import { operate, OrderError } from './outbox/operators.ts'
-import { connectRedis } from './redis.ts'
 import { createRelay } from './relay.ts'
 
 const commands = new Map(Object.entries({
@@ -63,7 +62,7 @@ const describe = (config: Config) => (description ??= import('./openapi.ts').the
 
 async function serve (config: Config): Promise<void> {
   const logger = pino({ level: config.LOG_LEVEL, base: null }, log)
-  const redis = config.REDIS_URL === undefined ? undefined : await connectRedis(config.REDIS_URL, logger)
+  const redis = await openConnection(config, logger)
   const outbox = await openOutbox(config, redis, logger)
   const directory = directoryOf(config)
   const endOrders = directory === undefined || outbox === undefined

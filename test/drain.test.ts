@@ -6,7 +6,7 @@ import { identifyEvent } from '../src/event.ts'
 import { createDrain } from '../src/outbox/drain.ts'
 import type { Entry, Outbox } from '../src/outbox/outbox.ts'
 import { backoffMs } from '../src/outbox/pace.ts'
-import { choose } from '../src/outbox/round.ts'
+import { choose, finalReason } from '../src/outbox/round.ts'
 import { createSuspects } from '../src/outbox/suspects.ts'
 import type { Verdict } from '../src/verdict.ts'
 import { identity } from './helper.ts'
@@ -191,4 +191,10 @@ t.test('the backoff of Mixpanel\'s documentation', async t => {
     const ms = backoffMs(failures)
     t.ok(ms >= least * 1000 + 1000 && ms <= least * 1000 + 5000)
   }
+})
+
+t.test('why an entry will never be delivered', async t => {
+  const entry: Entry = { id: '1', event: identifyEvent(identity(), 0) }
+  t.equal(finalReason(entry, { code: 'refused_by_mixpanel' }), 'refused by Mixpanel, without a reason')
+  t.equal(finalReason(entry, { code: 'mixpanel_rejected_credentials', cause: 'status 401' }), undefined, 'its operator will mend it')
 })

@@ -107,12 +107,11 @@ export function temporary (t: Test): string {
   return path
 }
 
-/** A Redis of the test's own, or undefined with a word where redis-server is not installed. */
+/** For tests that need a Redis: they say so, and are skipped, where it is not installed. */
+export const needsRedis = { skip: spawnSync('redis-server', ['--version']).status === 0 ? false : 'redis-server is not installed' }
+
+/** A Redis of the test's own. */
 export async function startRedis (t: Test, { port = 0, dir = t.testdir({}), fsync = 'always', more = [] as string[] } = {}) {
-  if (spawnSync('redis-server', ['--version']).status !== 0) {
-    t.comment('skipped: redis-server is not installed')
-    return undefined
-  }
   const free = port === 0 ? await freePort() : port
   const child = spawn('redis-server', ['--port', String(free), '--bind', '127.0.0.1', '--dir', dir, '--save', '', '--appendonly', 'yes', '--appendfsync', fsync, ...more])
   const exit = new Promise(resolve => child.once('close', resolve))

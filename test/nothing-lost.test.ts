@@ -3,7 +3,7 @@ import { rmSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
 import { createCallers } from './callers.ts'
-import { identity, leaks, startProcess, startRedis, startSandbox, temporary, TOKEN, type Env } from './helper.ts'
+import { identity, leaks, needsRedis, startProcess, startRedis, startSandbox, temporary, TOKEN, type Env } from './helper.ts'
 import { brokenPromises, type Call } from './ledger.ts'
 import type { Row } from '../src/sandbox/ledger.ts'
 import { killed, SERVER, startServer } from './scenarios.ts'
@@ -117,9 +117,8 @@ t.test('Redis: out of reach at start is a sentence without the secret', async t 
   }
 })
 
-t.test('Redis: two relays share outbox and limits; killed, stopped, and back', async t => {
+t.test('Redis: two relays share outbox and limits; killed, stopped, and back', needsRedis, async t => {
   let redis = await startRedis(t, { fsync: 'everysec' })
-  if (redis === undefined) return
   const sandbox = await startSandbox(t)
   const env = { OUTBOX: 'redis', REDIS_URL: redis.url, DEADLINE_MS: '2000' }
   const relays = await Promise.all([env, env].map(one => startServer(t, sandbox.url, one)))
@@ -150,7 +149,7 @@ t.test('Redis: two relays share outbox and limits; killed, stopped, and back', a
   redis.child.kill('SIGKILL')
   await redis.exit
   t.equal(await callers.call(), 503)
-  redis = (await startRedis(t, { port: redis.port, dir: redis.dir }))!
+  redis = await startRedis(t, { port: redis.port, dir: redis.dir })
   while (await callers.call() !== 200) await sleep(50)
   await one.until(/a 202 survives the loss of power at Redis/)
   await one.drained()
@@ -158,7 +157,7 @@ t.test('Redis: two relays share outbox and limits; killed, stopped, and back', a
   t.same(brokenPromises([...callers.calls, ...elsewhere.calls], sandbox.ledger.rows(), { repeats: 20, doubtful: 1 }), [])
   for (const server of relays) t.same(leaks(server.output()), [])
 
-  const limited = await Promise.all([0, 1].map(() => startServer(t, sandbox.url, { REDIS_URL: `${redis!.url}/1`, RATE_LIMIT_MAX: '6' })))
+  const limited = await Promise.all([0, 1].map(() => startServer(t, sandbox.url, { REDIS_URL: `${redis.url}/1`, RATE_LIMIT_MAX: '6' })))
   const told: number[] = []
   for (let count = 0; count < 10; count++) {
     const answer = await fetch(`${limited[count % 2]!.url}/identify`, { method: 'POST', body: JSON.stringify(identity()) })

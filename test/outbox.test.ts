@@ -9,7 +9,7 @@ import { openRedis } from '../src/outbox/redis.ts'
 import type { Entry, Outbox } from '../src/outbox/outbox.ts'
 import { openSqlite } from '../src/outbox/sqlite.ts'
 import { connectRedis } from '../src/redis.ts'
-import { identity, startRedis, temporary } from './helper.ts'
+import { identity, needsRedis, startRedis, temporary } from './helper.ts'
 
 const silent = { info () {}, warn () {}, error () {} }
 
@@ -181,9 +181,8 @@ t.test('orders to another process: all of the answer, or an error', async t => {
   await t.rejects(ask('list'), { message: /does not take orders/ })
 })
 
-t.test('Redis that does not tell how it keeps data', async t => {
+t.test('Redis that does not tell how it keeps data', needsRedis, async t => {
   const server = await startRedis(t, { more: ['--rename-command', 'CONFIG', ''] })
-  if (server === undefined) return
   const said: string[] = []
   const log = { ...silent, warn: (what: object, message: string) => { said.push(message) } }
   const redis = await connectRedis(server.url, log)
@@ -192,9 +191,8 @@ t.test('Redis that does not tell how it keeps data', async t => {
   t.match(said, [/^Redis does not tell how it keeps its data/])
 })
 
-t.test('Redis', async t => {
+t.test('Redis', needsRedis, async t => {
   const server = await startRedis(t)
-  if (server === undefined) return
   const redis = await connectRedis(server.url, silent)
   t.teardown(() => redis.disconnect())
   await contract(t, maxEntries => openRedis(redis, 'a-project', silent, 500, maxEntries))

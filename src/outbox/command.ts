@@ -1,7 +1,6 @@
 import type { Config } from '../config.ts'
-import { connectRedis } from '../redis.ts'
 import { giveOrder } from './control.ts'
-import { directoryOf, openOutbox } from './open.ts'
+import { directoryOf, openConnection, openOutbox } from './open.ts'
 import { operate, OrderError } from './operators.ts'
 import { DirectoryInUse } from './outbox.ts'
 
@@ -13,7 +12,7 @@ const silent = { info: nothing, warn: nothing, error: nothing }
  * to it, and asked for; Redis is open to all.
  */
 export async function * command (config: Config, order: string[]): AsyncGenerator<string> {
-  const redis = config.OUTBOX === 'redis' ? await connectRedis(String(config.REDIS_URL), silent) : undefined
+  const redis = config.OUTBOX === 'redis' ? await openConnection(config, silent) : undefined
   try {
     const outbox = await openOutbox(config, redis, silent)
     if (outbox === undefined) throw new OrderError('OUTBOX is off: there is nothing to look at.')

@@ -1,10 +1,15 @@
 import type { Config } from '../config.ts'
 import { projectOf } from '../mixpanel.ts'
-import type { Redis } from '../redis.ts'
+import { connectRedis, type Redis } from '../redis.ts'
 import type { Outbox, StoreLog } from './outbox.ts'
 
 /** A relay that holds entries for longer than it could need to deliver them is dead, or waits for Mixpanel. */
 const CLAIM_AFTER_DEADLINE_MS = 5000
+
+/** The connection that REDIS_URL names, or none. Rejects when Redis cannot be reached now. */
+export async function openConnection ({ REDIS_URL: url }: Config, log: StoreLog): Promise<Redis | undefined> {
+  return url === undefined ? undefined : connectRedis(url, log)
+}
 
 /** The directory that OUTBOX names, if it names one. */
 export function directoryOf ({ OUTBOX: outbox }: Config): string | undefined {
