@@ -4,7 +4,7 @@ import { claimOf, type IdentifyEvent } from './event.ts'
 import { createOrder } from './order.ts'
 import { createDrain } from './outbox/drain.ts'
 import type { Outbox } from './outbox/outbox.ts'
-import type { Verdict } from './verdict.ts'
+import { isSurelyNotTaken, type Verdict } from './verdict.ts'
 
 /** What is said about the work; `pino` fits. */
 export type Log = Record<'info' | 'warn' | 'error' | 'debug', (what: object, message: string) => void>
@@ -17,9 +17,10 @@ interface Dependencies {
   log: Log
 }
 
-const NOT_KEPT: Verdict = {
-  code: 'overloaded', retryAfter: 1, reason: 'The outbox is full or out of reach, and nothing was kept.'
-}
+const overloaded = (reason: string): Verdict => ({ code: 'overloaded', retryAfter: 1, reason })
+const NOT_KEPT = overloaded('The outbox is full: nothing was sent or kept.')
+const OUT_OF_REACH = overloaded('The outbox is out of reach: nothing was sent or kept.')
+const PERHAPS_KEPT = overloaded('The outbox did not answer in time, and may have kept it: a repeat is safe.')
 
 /**
  * Sends identities, or keeps them in the outbox where Mixpanel cannot take them now. The first claim on an anonymous id
@@ -31,22 +32,37 @@ export function createKeeper (config: Config, { outbox, delivery, send, log }: D
   // When one is accepted the anonymous id is taken, and the order of the others decides nothing.
   const order = createOrder<Verdict>(({ code }) => code === 'accepted')
 
+  /** What ends the wait of those who are being sent. */
+  const underWay = new Set<() => void>()
+
   async function keep (event: IdentifyEvent, cause: string): Promise<Verdict> {
-    if (!await outbox.put(event)) return NOT_KEPT
+    const isKept = await outbox.put(event)
+    if (isKept !== true) return isKept === false ? NOT_KEPT : PERHAPS_KEPT
     drain.added()
     return { code: 'queued', cause }
+  }
+
+  function sendUnlessHurried (item: Item): Promise<Verdict> {
+    return new Promise((resolve, reject) => {
+      const giveUp = () => resolve({ code: 'mixpanel_timed_out', cause: 'the relay ends', again: true })
+      underWay.add(giveUp)
+      send(item).then(resolve, reject).finally(() => underWay.delete(giveUp))
+    })
   }
 
   async function sendOrKeep (item: Item): Promise<Verdict> {
     const { event, deadline } = item
     const holds = await outbox.holds(claimOf(event))
-    if (holds === undefined) return NOT_KEPT
+    if (holds === undefined) return OUT_OF_REACH
     if (holds) return keep(event, 'an earlier claim waits')
     // Who has waited that long for an earlier claim has no time left for Mixpanel.
     if (Date.now() > deadline - config.DEADLINE_MS / 2) return keep(event, 'late')
-    const verdict = await send(item)
+    const verdict = await sendUnlessHurried(item)
     if (verdict.code === 'accepted') drain.recovered()
-    return isForLater(verdict) ? keep(event, verdict.code) : verdict
+    if (!isForLater(verdict)) return verdict
+    const kept = await keep(event, verdict.code)
+    // Nobody may be told that nothing was sent when Mixpanel may have it.
+    return kept.code === 'queued' || isSurelyNotTaken(verdict) ? kept : verdict
   }
 
   return {
@@ -54,6 +70,11 @@ export function createKeeper (config: Config, { outbox, delivery, send, log }: D
     async identify (item: Item, isAsync: boolean): Promise<Verdict> {
       if (order.waiting() >= config.MAX_IN_FLIGHT) return { code: 'overloaded', retryAfter: 1 }
       return order.run(claimOf(item.event), () => isAsync ? keep(item.event, 'respond-async') : sendOrKeep(item))
+    },
+
+    /** Whoever is being sent is kept instead. */
+    hurry (): void {
+      for (const giveUp of underWay) giveUp()
     },
 
     /** How many are not yet sent or kept. */

@@ -1,30 +1,36 @@
 /**
- * Keeps those apart who claim the same thing at the same time. The first one's work runs; the others wait until it has
- * ended, then the next of them is the first. Where `isDecided` says so of the first one's result, the order of the
- * others no longer matters, and they all go on at once.
+ * Keeps those apart who claim the same thing at the same time. The first one's work runs; the others wait in line until
+ * it has ended, then the next one's runs. Where `isDecided` says so of a result, the order of those in line no longer
+ * matters, and they all go on at once.
  */
 export function createOrder<Result> (isDecided: (result: Result) => boolean) {
-  const firsts = new Map<string, Promise<Result>>()
+  /** Those in line behind the one whose work runs. */
+  const lines = new Map<string, ((isFirst: boolean) => void)[]>()
   let waiting = 0
   let onIdle = () => {}
 
   async function run (claim: string, work: () => Promise<Result>): Promise<Result> {
     waiting++
+    const line = lines.get(claim)
+    if (line === undefined) lines.set(claim, [])
+    const isFirst = line === undefined || await new Promise<boolean>(resolve => line.push(resolve))
+    let isOver = false
     try {
-      for (let first = firsts.get(claim); first !== undefined; first = firsts.get(claim)) {
-        // A bug in the first one's work is told to the first one.
-        if (await first.then(isDecided, () => false)) return await work()
-      }
-      const result = work()
-      firsts.set(claim, result)
-      try {
-        return await result
-      } finally {
-        firsts.delete(claim)
-      }
+      const result = await work()
+      isOver = isDecided(result)
+      return result
     } finally {
+      if (isFirst) endTurn(claim, isOver)
       if (--waiting === 0) onIdle()
     }
+  }
+
+  function endTurn (claim: string, isOver: boolean): void {
+    const line = lines.get(claim) as ((isFirst: boolean) => void)[]
+    const next = isOver ? undefined : line.shift()
+    if (next !== undefined) return next(true)
+    lines.delete(claim)
+    for (const goOn of line) goOn(false)
   }
 
   return {

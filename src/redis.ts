@@ -22,6 +22,8 @@ export async function connectRedis (url: string, log: Log): Promise<Redis> {
     enableOfflineQueue: false,
     maxRetriesPerRequest: 0,
     autoResendUnfulfilledCommands: false,
+    // It was a primary, and may be one elsewhere now.
+    reconnectOnError: ({ message }) => message.startsWith('READONLY'),
     retryStrategy: attempts => Math.min(attempts * 50, 1000)
   })
   let cause = 'the connection was closed'
@@ -49,4 +51,13 @@ export async function connectRedis (url: string, log: Log): Promise<Redis> {
  */
 export function lost (redis: Redis, error: Error): void {
   if (error.message === 'Command timed out' && redis.status === 'ready') redis.disconnect(true)
+}
+
+/** A second connection to the same Redis, whose commands may take `ms`. Its creator must disconnect it. */
+export async function connectPatient (redis: Redis, ms: number): Promise<Redis> {
+  const patient = redis.duplicate({ commandTimeout: ms })
+  // The first connection says that Redis is lost.
+  patient.on('error', () => {})
+  await patient.connect()
+  return patient
 }

@@ -63,6 +63,9 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
       ...delivery.state()
     }),
 
+    /** Time is up: with an outbox, whoever still waits for Mixpanel is kept there instead. */
+    hurry: () => keeper?.hurry(),
+
     /** Resolves when nothing waits any more, for callers who have gone neither, and all is closed. */
     async close (): Promise<void> {
       await keeper?.close()

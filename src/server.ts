@@ -19,6 +19,8 @@ const commands = new Map(Object.entries({
   },
   /** For operators, whether a relay is running or not. */
   async outbox (config: Config, order: string[]) {
+    // Such as `outbox list | head`.
+    process.stdout.on('error', () => process.exit(0))
     for await (const text of command(config, order)) process.stdout.write(text)
   },
   /** Prints `openapi.yaml`. */
@@ -79,6 +81,7 @@ async function serve (config: Config): Promise<void> {
     else logger.info({ signal }, 'draining')
     app.drain()
     await sleep(config.SHUTDOWN_DELAY_MS)
+    setTimeout(relay.hurry, config.SHUTDOWN_TIMEOUT_MS * 0.8).unref()
     endOrders?.()
     await app.close()
     redis?.disconnect()

@@ -32,6 +32,12 @@ export function interpretStatus (status: number, retryAfter?: string | string[])
   return { code: 'mixpanel_misanswered', cause, again: false }
 }
 
+/** True where nothing can have reached Mixpanel, or it said that it did not take it; else the outcome is unknown. */
+export function isSurelyNotTaken (verdict: Verdict): boolean {
+  return !('cause' in verdict) ||
+    /^(status \d|never sent|temporary failure|ECONNREFUSED|ENOTFOUND|EAI_AGAIN|UND_ERR_CONNECT_TIMEOUT)/.test(verdict.cause)
+}
+
 /** Mixpanel, or something before it, found the request too large; a part of it may be taken. */
 export function isTooLarge (verdict: Verdict): boolean {
   return 'cause' in verdict && verdict.cause === 'status 413'

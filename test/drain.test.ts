@@ -15,21 +15,22 @@ const down: Verdict = { code: 'mixpanel_unreachable', cause: 'status 503', again
 const accepted: Verdict = { code: 'accepted' }
 
 /** A drain on a clock of the test's own, between an outbox in memory and a Mixpanel that `answer` plays. */
-function start (t: Test, count: number, answer: (items: Item[]) => Verdict[], env = {}) {
+function start (t: Test, count: number, answer: (items: Item[]) => Verdict[], env = {}, isOpen = false, given: object[] = []) {
   mock.timers.enable({ apis: ['setTimeout', 'Date'], now: Date.now() })
   t.teardown(() => mock.timers.reset())
   let entries: Entry[] = Array.from({ length: count }, (_, index) =>
-    ({ id: String(index), event: identifyEvent(identity({ identified_id: `user-${index}` }), Date.now()) }))
+    ({ id: String(index), event: identifyEvent(identity({ identified_id: `user-${index}`, ...given[index] }), Date.now()) }))
   const arrays: string[][] = []
   const said: string[] = []
   const store = { isBroken: false }
   const rounds: { at: number, arrays: number[] }[] = []
-  const state = { isOpen: false }
+  const state = { isOpen }
   const outbox = {
-    async take (most: number) {
+    async take (most: number, after = '-1') {
       if (store.isBroken) throw new Error('the disk is gone')
-      rounds.push({ at: Date.now(), arrays: [] })
-      return entries.slice(0, most)
+      const taken = entries.filter(({ id }) => Number(id) > Number(after)).slice(0, most)
+      if (taken.length > 0) rounds.push({ at: Date.now(), arrays: [] })
+      return taken
     },
     async done (done: Entry[]) {
       if (store.isBroken) throw new Error('the disk is gone')
@@ -77,33 +78,44 @@ t.test('full arrays, eight at a time, oldest first', async t => {
   await drain.stop()
 })
 
-t.test('an outage: it backs off as Mixpanel asks, with ever smaller probes, and comes back at once', async t => {
+t.test('an outage: it backs off as Mixpanel asks, and comes back at once', async t => {
   const mixpanel = { isDown: true }
   const { rounds, said, pass, waiting, drain, state } = start(t, 1000, items => items.map(() => mixpanel.isDown ? down : accepted))
-  state.isOpen = true
-  await pass(120)
-  t.same(rounds.map(({ arrays }) => arrays.reduce((sum, size) => sum + size)), [400, 50, 7, 1, 1, 1].slice(0, rounds.length))
+  await pass(200)
   const pauses = rounds.slice(1).map(({ at }, index) => (at - rounds[index]!.at) / 1000)
   pauses.forEach((seconds, index) => {
     const least = Math.min(2 ** (index + 1), 60) + 1
     t.ok(seconds >= least && seconds <= least + 4.2, `pause ${index + 1}: ${seconds} s`)
   })
   t.ok(pauses.length >= 4)
+  state.isOpen = true
+  await pass(100)
+  t.ok(rounds.length - pauses.length >= 3, 'where it is out of reach it is probed every half minute')
+  const before = rounds.length
   drain.added()
   await pass(0)
-  t.equal(rounds.length, pauses.length + 1, 'what is added to an outage changes nothing')
+  t.equal(rounds.length, before, 'what is added to an outage changes nothing')
   mixpanel.isDown = false
   state.isOpen = false
   drain.recovered()
-  await pass(0)
+  await pass(70)
   t.equal(waiting(), 0)
-  t.same(rounds.slice(pauses.length + 1).map(({ arrays }) => arrays.reduce((sum, size) => sum + size, 0)), [1, 2, 4, 8, 16, 32, 64, 128, 256, 400, 89, 0])
+  t.ok(rounds.length - before < 1200, 'those who were probed with come alone, the others do not')
   t.same(said, ['the outbox waits for Mixpanel', 'the outbox is drained again'])
   await drain.stop()
 })
 
+t.test('a probe of the breaker that succeeds is followed at once', async t => {
+  let asked = 0
+  const { rounds, pass, waiting, drain } = start(t, 1000, items => items.map(() => ++asked > 50 && asked <= 400 ? { code: 'mixpanel_unavailable', retryAfter: 1 } : accepted))
+  await pass(0)
+  t.equal(waiting(), 0)
+  t.equal(new Set(rounds.map(({ at }) => at)).size, 1)
+  await drain.stop()
+})
+
 t.test('the breaker is open: nothing was asked, so it only waits for the next probe', async t => {
-  const { rounds, pass, drain, said } = start(t, 10, items => items.map(() => ({ code: 'mixpanel_unavailable', retryAfter: 3 })))
+  const { rounds, pass, drain, said } = start(t, 10, items => items.map(() => ({ code: 'mixpanel_unavailable', retryAfter: 3 })), {}, true)
   await pass(10)
   t.same(rounds.map(({ at }) => Math.round((at - rounds[0]!.at) / 1000)), [0, 3, 6, 9])
   t.same(said, [])
@@ -127,14 +139,33 @@ t.test('429: not before Mixpanel says; while others are taken it tries again aft
   await drain.stop()
 })
 
-t.test('one on which Mixpanel fails holds up nobody for long', async t => {
-  const isPoison = ({ event }: Item) => event.properties.$identified_id === 'user-7'
-  const { arrays, pass, waiting, drain } = start(t, 200, items => items.map(() => items.some(isPoison) ? down : accepted))
+t.test('those on which Mixpanel fails hold up nobody', async t => {
+  const poisonous = new Set(['user-7', 'user-8', 'user-60', 'user-199'])
+  const isPoison = ({ event }: Item) => poisonous.has(String(event.properties.$identified_id))
+  const { arrays, pass, waiting, drain } = start(t, 300, items => items.map(() => items.some(isPoison) ? down : accepted))
+  await pass(0)
+  t.equal(waiting(), 150, 'the other arrays are not touched by it')
+  await pass(8)
+  t.equal(waiting(), 4, 'those who were in one with them are sent alone')
   await pass(60)
-  t.equal(waiting(), 1)
-  const alone = arrays.filter(array => array.includes('user-7') && array.length === 1)
-  t.ok(alone.length >= 2, 'it is tried again, alone')
-  t.ok(arrays.filter(array => array.includes('user-7')).length - alone.length <= 4)
+  const count = (id: string) => arrays.filter(array => array.includes(id)).length
+  t.ok(count('user-7') >= 3 && count('user-7') <= 6, 'and they ever more seldom')
+  t.equal(count('user-0'), 2)
+  await drain.stop()
+})
+
+t.test('one claim, many users: one at a time, in order, and nobody else waits for them; the same pair travels together', async t => {
+  const anon = '5f0c8a1e-6a0b-4d53-9d3c-0a1f6f2b7c11'
+  const given = Array.from({ length: 900 }, (_, index) => index < 600
+    ? { identified_id: `claimant-${Math.floor(index / 3)}`, anon_id: anon }
+    : { identified_id: `user-${index}` })
+  const { arrays, pass, waiting, drain } = start(t, 900, items => items.map(() => accepted), {}, false, given)
+  await pass(5)
+  t.equal(waiting(), 0)
+  const order = arrays.map(array => array.filter(id => id.startsWith('claimant')))
+  t.ok(order.every(ids => new Set(ids).size <= 1), 'never two of them in one array')
+  t.same(order.flat(), given.slice(0, 600).map(one => one.identified_id))
+  t.ok(arrays.findIndex(array => array.includes('user-899')) < 20, 'the last one is not behind them')
   await drain.stop()
 })
 
@@ -176,14 +207,15 @@ t.test('it stops while the store fails', async t => {
 t.test('MAX_BATCH=1 never merges; large events make small arrays; what is replayed goes by its own endpoint', async t => {
   const single = start(t, 20, items => items.map(() => accepted), { MAX_BATCH: '1' })
   await single.pass(0)
-  t.same(single.rounds.map(({ arrays }) => arrays.length), [8, 8, 4, 0])
+  t.same(single.rounds.map(({ arrays }) => arrays.length), [6, 6, 6, 2])
   await single.drain.stop()
   const none = createSuspects()
   const entry = (text = '', more = {}): Entry => ({ id: '1', event: identifyEvent(identity({ properties: { text } }), 0), ...more })
   const large = Array.from({ length: 100 }, () => entry('x'.repeat(100_000)))
-  t.same(choose(large, 400, none, 50).map(array => array.length), Array.from({ length: 8 }, () => 4))
+  const sizes = (entries: Entry[]) => choose(entries, new Set(), none, 50).arrays.map(array => array.length)
+  t.same(sizes(large), Array.from({ length: 6 }, () => 4))
   const mixed = [entry(), entry('', { endpoint: 'import' }), entry('', { endpoint: 'import' }), entry()]
-  t.same(choose(mixed, 400, none, 50).map(array => array.length), [1, 2, 1])
+  t.same(sizes(mixed), [1, 2, 1])
 })
 
 t.test('the backoff of Mixpanel\'s documentation', async t => {

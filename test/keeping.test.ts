@@ -177,14 +177,23 @@ t.test('a lone one that is too large dies; a replay whose credentials are reject
   t.match((await relay.outbox.dead(1))[0], { reason: '/import rejected the credentials of this relay' })
 })
 
-t.test('a full outbox: 503 at once, and nothing is kept', async t => {
-  const relay = await keeping(t, { MAX_IN_FLIGHT: '3' })
+t.test('a full outbox, or one out of reach: 503 at once; but never where Mixpanel may have it', async t => {
+  const relay = await keeping(t, { MAX_IN_FLIGHT: '3', DEADLINE_MS: '500' })
+  for (const [isKept, detail] of [[false, /^The outbox is full: nothing was sent or kept/], [undefined, /^The outbox did not answer in time, and may have kept it/]] as const) {
+    relay.outbox.put = async () => isKept
+    const answer = await relay.post(identity(), { headers: { prefer: 'respond-async' } })
+    t.match(answer.json(), { status: 503, code: 'overloaded', retryable: true, detail })
+    t.equal(answer.headers['retry-after'], '1')
+  }
   relay.outbox.put = async () => false
-  const answer = await relay.post(identity(), { headers: { prefer: 'respond-async' } })
-  t.match(answer.json(), { status: 503, code: 'overloaded', retryable: true, detail: /^The outbox is full or out of reach/ })
-  t.equal(answer.headers['retry-after'], '1')
+  for (const [name, status, code] of [['rate_limited', 503, 'overloaded'], ['edge_down', 503, 'overloaded'], ['reset', 502, 'mixpanel_unreachable'], ['hang', 504, 'mixpanel_timed_out']] as const) {
+    relay.sandbox.faults.add({ name, times: 10 })
+    t.match((await relay.post(identity())).json(), { status, code }, name)
+    relay.sandbox.faults.clear()
+    t.equal((await relay.post(identity())).statusCode, 200)
+  }
   relay.outbox.holds = async () => undefined
-  t.match((await relay.post(identity())).json(), { status: 503, code: 'overloaded' })
+  t.match((await relay.post(identity())).json(), { status: 503, code: 'overloaded', detail: /out of reach/ })
   relay.outbox.holds = async () => false
   relay.sandbox.faults.add({ name: 'wait', ms: 300, times: 10 })
   const answers = await Promise.all(Array.from({ length: 5 }, () => relay.post(identity())))

@@ -36,6 +36,7 @@ async function contract (t: Test, open: (maxEntries?: number) => Promise<Outbox>
     t.equal(JSON.stringify(first.map(entry => entry.event)), JSON.stringify(events.slice(0, 400)))
     t.notOk(first.some(entry => 'endpoint' in entry))
     t.same(await outbox.take(400), first)
+    t.same((await outbox.take(400, first[399]?.id)).map(entry => entry.event), events.slice(400, 800), 'and what comes after')
     await outbox.done(first.slice(0, 399))
     const next = await outbox.take(400)
     t.same(next[0], first[399], 'who is left is still the first')
@@ -87,6 +88,17 @@ async function contract (t: Test, open: (maxEntries?: number) => Promise<Outbox>
     await outbox.done(again)
   })
 
+  t.test('large entries are taken a megabyte at a time', async t => {
+    const large = Array.from({ length: 60 }, () => identifyEvent({ ...identity(), properties: { text: 'x'.repeat(50_000) } }, Date.now()))
+    for (const one of large) t.ok(await outbox.put(one))
+    const counts: number[] = []
+    for (let entries = await outbox.take(400); entries.length > 0; entries = await outbox.take(400)) {
+      counts.push(entries.length)
+      await outbox.done(entries)
+    }
+    t.same(counts, [20, 20, 20])
+  })
+
   t.test('it is all there when it is opened again, and has a bound', async t => {
     const one = event()
     t.ok(await outbox.put(one))
@@ -120,7 +132,7 @@ t.test('SQLite: one process, one project, only its owner\'s', async t => {
   t.ok(await outbox.put(event()))
   for (const name of readdirSync(path)) t.equal(statSync(join(path, name)).mode & 0o77, 0, name)
   await outbox.close()
-  t.throws(() => openSqlite(path, 'another', silent), { message: /holds identities of another project/ })
+  t.throws(() => openSqlite(path, 'another', silent), { message: /^it holds identities of another project$/ })
   const again = openSqlite(path, 'a-project', silent)
   await again.done(await again.take(1))
   await again.close()
@@ -149,7 +161,11 @@ t.test('SQLite: an outage\'s space goes back to the disk', async t => {
   const outbox = openSqlite(directory, 'a-project', silent)
   const large = () => identifyEvent({ ...identity(), properties: { text: 'x'.repeat(10_000) } }, Date.now())
   await Promise.all(Array.from({ length: 1000 }, () => outbox.put(large())))
-  await outbox.done(await outbox.take(999))
+  for (let left = 999; left > 0;) {
+    const entries = await outbox.take(left)
+    await outbox.done(entries)
+    left -= entries.length
+  }
   t.ok(statSync(join(directory, 'outbox.db')).size > 8_000_000)
   await outbox.done(await outbox.take(1))
   t.ok(statSync(join(directory, 'outbox.db')).size < 100_000)
@@ -189,6 +205,40 @@ t.test('Redis that does not tell how it keeps data', needsRedis, async t => {
   t.teardown(() => redis.disconnect())
   await (await openRedis(redis, 'a-project', log, 500)).close()
   t.match(said, [/^Redis does not tell how it keeps its data/])
+})
+
+t.test('Redis: one relay at a time delivers; the next one when it has closed, or is silent for too long', needsRedis, async t => {
+  const server = await startRedis(t)
+  const redis = await connectRedis(server.url, silent)
+  t.teardown(() => redis.disconnect())
+  const [one, two, three] = await Promise.all([0, 1, 2].map(() => openRedis(redis, 'a-project', silent, 500))) as [Outbox, Outbox, Outbox]
+  for (let count = 0; count < 5; count++) t.ok(await two.put(event()))
+  const mine = await one.take(3)
+  t.equal(mine.length, 3)
+  t.same(await two.take(3), [])
+  await one.done(mine.slice(0, 1))
+  await one.close()
+  t.same((await two.take(3)).map(entry => entry.id).slice(0, 2), mine.slice(1).map(entry => entry.id))
+  t.same(await three.take(3), [])
+  await sleep(600)
+  t.equal((await three.take(10)).length, 4, 'the second one is taken for dead')
+  t.same(await two.take(3), [], 'and finds that it was')
+  await Promise.all([two.close(), three.close()])
+})
+
+t.test('Redis: who deletes by hand leaves no claim behind', needsRedis, async t => {
+  const server = await startRedis(t)
+  const redis = await connectRedis(server.url, silent)
+  t.teardown(() => redis.disconnect())
+  const outbox = await openRedis(redis, 'a-project', silent, 500)
+  const [one, other] = [event(), event()]
+  await Promise.all([outbox.put(one), outbox.put(other)])
+  const [first, second] = await outbox.take(2)
+  await redis.xdel('{identify-relay:a-project}:waiting', first!.id)
+  t.equal(await outbox.holds(claimOf(one)), true)
+  await outbox.done([second!])
+  t.equal(await outbox.holds(claimOf(one)), false)
+  await outbox.close()
 })
 
 t.test('Redis', needsRedis, async t => {

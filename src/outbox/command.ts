@@ -1,3 +1,4 @@
+import { existsSync } from 'node:fs'
 import type { Config } from '../config.ts'
 import { giveOrder } from './control.ts'
 import { directoryOf, openConnection, openOutbox } from './open.ts'
@@ -12,6 +13,8 @@ const silent = { info: nothing, warn: nothing, error: nothing }
  * to it, and asked for; Redis is open to all.
  */
 export async function * command (config: Config, order: string[]): AsyncGenerator<string> {
+  const directory = directoryOf(config)
+  if (directory !== undefined && !existsSync(directory)) throw new OrderError(`There is no ${directory}.`)
   const redis = config.OUTBOX === 'redis' ? await openConnection(config, silent) : undefined
   try {
     const outbox = await openOutbox(config, redis, silent)
@@ -23,7 +26,7 @@ export async function * command (config: Config, order: string[]): AsyncGenerato
     }
   } catch (error) {
     if (!(error instanceof DirectoryInUse)) throw error
-    yield * giveOrder(String(directoryOf(config)), order)
+    yield * giveOrder(String(directory), order)
   } finally {
     redis?.disconnect()
   }

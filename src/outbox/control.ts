@@ -1,5 +1,5 @@
 import { once } from 'node:events'
-import { rmSync } from 'node:fs'
+import { chmodSync, rmSync } from 'node:fs'
 import { createServer, request, type IncomingMessage } from 'node:http'
 import { join } from 'node:path'
 import { text } from 'node:stream/consumers'
@@ -43,6 +43,7 @@ export async function takeOrders (
   })
   server.listen(socketIn(directory))
   await once(server, 'listening')
+  chmodSync(socketIn(directory), 0o600)
   return () => {
     server.close()
     server.closeAllConnections()

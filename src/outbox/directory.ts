@@ -1,4 +1,4 @@
-import { closeSync, mkdirSync, openSync, statfsSync } from 'node:fs'
+import { closeSync, existsSync, mkdirSync, openSync, statfsSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import Database from 'libsql'
 import { DirectoryInUse } from './outbox.ts'
@@ -14,7 +14,7 @@ const KEPT_BYTES = 4 * 1024 * 1024
  * throws DirectoryInUse; the sqlite3 shell may read `outbox.db` all the same. The caller must `close` it.
  */
 export function openDirectory (directory: string) {
-  mkdirSync(directory, { recursive: true, mode: 0o700 })
+  if (!existsSync(directory)) mkdirSync(directory, { recursive: true, mode: 0o700 })
   const unlock = lock(join(directory, 'lock'))
   const db = open(join(directory, 'outbox.db'))
   const pragma = (name: string) => db.prepare(`PRAGMA ${name}`).pluck().all()[0] as number

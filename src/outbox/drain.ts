@@ -1,22 +1,22 @@
+import { setImmediate } from 'node:timers/promises'
 import type { Config } from '../config.ts'
 import type { Delivery } from '../delivery.ts'
 import { claimOf } from '../event.ts'
 import type { Verdict } from '../verdict.ts'
 import type { Entry, Outbox, StoreLog } from './outbox.ts'
 import { backoffMs, createPace } from './pace.ts'
-import { choose, finalReason, isTooOld, maxRound } from './round.ts'
+import { choose, finalReason, isFailure, isTooOld, maxRound } from './round.ts'
 import { createSuspects } from './suspects.ts'
 
 type Log = StoreLog & Record<'debug', (what: object, message: string) => void>
 
 interface Outcome { entry: Entry, verdict: Verdict }
 
-/** After a failure a round is an eighth of the one before, down to a lone probe; after a success twice as large. */
-const SHRINKS = 8
-const GROWS = 2
-
 /** Another relay may have died, or come back with something in hand; and a store that failed may be well again. */
 const LOOK_AGAIN_MS = 1000
+
+/** While Mixpanel is out of reach it is probed at least as often as by callers. */
+const LAST_PROBE_MS = 30_000
 
 /** At the end of the process: how long what is under way may take. It stays in the outbox. */
 const LAST_ROUND_MS = 2000
@@ -30,7 +30,9 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
   const most = maxRound(config)
   const pace = createPace()
   const suspects = createSuspects()
-  const state = { size: most, failures: 0, isAbandoned: false }
+  const state = { failures: 0, isAbandoned: false }
+  /** One pass through the outbox: what comes after `after`, and who stays behind (see `choose`). */
+  let pass = { after: undefined as string | undefined, held: new Set<string>(), isUseful: false }
 
   async function run (): Promise<void> {
     while (!pace.isStopped()) await orWait(round)
@@ -43,22 +45,33 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
       return true
     } catch (error) {
       log.error({ cause: (error as Error).message }, 'the outbox cannot be emptied')
-      await pace.outage(LOOK_AGAIN_MS)
+      await pace.trouble(LOOK_AGAIN_MS)
       return false
     }
   }
 
   async function round (): Promise<void> {
-    const entries = await outbox.take(most)
+    const entries = await outbox.take(most, pass.after)
+    if (entries.length === 0) return nextPass()
     const old = entries.filter(entry => isTooOld(entry, config))
     await bury(old.map(entry => ({ entry, reason: 'older than 4.5 days' })))
-    const arrays = choose(entries.filter(entry => !old.includes(entry)), state.size, suspects, config.MAX_BATCH)
-    if (arrays.length === 0) return pace.idle(LOOK_AGAIN_MS)
+    const fresh = entries.filter(entry => !old.includes(entry))
+    const { arrays, last } = choose(fresh, pass.held, suspects, config.MAX_BATCH)
+    // Many who stay behind must not hold up the event loop.
+    if (arrays.length === 0) await setImmediate()
     const outcomes = (await Promise.all(arrays.map(deliver))).flat()
     if (state.isAbandoned) return
     // Before anything else is sent the outbox must know what has been.
     while (!await orWait(() => settle(outcomes)) && !pace.isStopped());
+    pass.after = last ?? pass.after
     await adapt(outcomes)
+  }
+
+  /** From the beginning again: at once if something was settled, for then others may follow. */
+  async function nextPass (): Promise<void> {
+    const { isUseful } = pass
+    pass = { after: undefined, held: new Set(), isUseful: false }
+    if (!isUseful) await pace.idle(LOOK_AGAIN_MS)
   }
 
   async function deliver (entries: Entry[]): Promise<Outcome[]> {
@@ -76,6 +89,7 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
       return reason === undefined ? [] : [{ entry, reason }]
     })
     await bury(letters)
+    if (outcomes.length === 0) return
     log.debug({ delivered: delivered.length, buried: letters.length, ...outbox.counts() }, 'a round of the outbox')
   }
 
@@ -86,31 +100,38 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
     log.warn({ identities: letters.length, insert_ids: ids.slice(0, 100) }, 'cannot be delivered: dead letters')
   }
 
-  /** How large the next round is, and when. */
+  /** Whom to leave aside, and how long to wait. */
   async function adapt (outcomes: Outcome[]): Promise<void> {
     const failed: Verdict[] = []
     for (const { entry, verdict } of outcomes) {
       const claim = claimOf(entry.event)
-      const isSettled = verdict.code === 'accepted' || finalReason(entry, verdict) !== undefined
-      const isAlone = outcomes.length === 1 || suspects.has(claim)
-      if (isSettled) suspects.settled(claim)
-      // Mixpanel takes others, and this one it does not even refuse.
-      else if (isAlone && 'again' in verdict && !delivery.isOpen()) suspects.failed(claim)
-      else failed.push(verdict)
+      if (verdict.code === 'accepted' || finalReason(entry, verdict) !== undefined) {
+        suspects.settled(claim)
+        continue
+      }
+      pass.held.add(claim)
+      failed.push(verdict)
+      // It may be one of these on which Mixpanel fails; if it is out of reach for all, little is lost by it.
+      if (isFailure(verdict)) suspects.failed(claim)
     }
-    if (failed.length === 0) {
+    const isUseful = failed.length < outcomes.length
+    pass.isUseful ||= isUseful
+    const retryAfterMs = Math.max(0, ...failed.map(verdict => 'retryAfter' in verdict ? verdict.retryAfter * 1000 : 0))
+    const isLimited = failed.some(({ code }) => code === 'mixpanel_rate_limited')
+    if (failed.length === 0 || (isUseful && !isLimited)) {
       if (state.failures > 0) log.info(outbox.counts(), 'the outbox is drained again')
       state.failures = 0
-      state.size = Math.min(state.size * GROWS, most)
       return
     }
-    const retryAfterMs = Math.max(...failed.map(verdict => 'retryAfter' in verdict ? verdict.retryAfter * 1000 : 0))
-    // It was not even asked.
-    if (failed.every(({ code }) => code === 'mixpanel_unavailable')) return pace.outage(retryAfterMs)
+    pass = { after: undefined, held: new Set(), isUseful: false }
+    const isOpen = delivery.isOpen()
+    if (failed.every(({ code }) => code === 'mixpanel_unavailable')) {
+      // Nobody asked; or somebody did, and all is well again.
+      return isOpen ? pace.outage(retryAfterMs) : undefined
+    }
     if (state.failures++ === 0) log.warn({ code: failed[0]?.code, ...outbox.counts() }, 'the outbox waits for Mixpanel')
-    state.size = Math.max(1, Math.ceil(outcomes.length / SHRINKS))
     const ms = Math.max(backoffMs(state.failures), retryAfterMs)
-    await (delivery.isOpen() ? pace.outage(ms) : pace.backoff(ms))
+    await (isOpen ? pace.outage(Math.min(ms, LAST_PROBE_MS)) : pace.backoff(ms))
   }
 
   const running = run()

@@ -1,10 +1,10 @@
 import type { Config } from '../config.ts'
 import { projectOf } from '../mixpanel.ts'
 import { connectRedis, type Redis } from '../redis.ts'
-import type { Outbox, StoreLog } from './outbox.ts'
+import { DirectoryInUse, type Outbox, type StoreLog } from './outbox.ts'
 
-/** A relay that holds entries for longer than it could need to deliver them is dead, or waits for Mixpanel. */
-const CLAIM_AFTER_DEADLINE_MS = 5000
+/** A relay that is silent for longer than it could need to deliver what it took is dead, or waits for Mixpanel. */
+const LEASE_AFTER_DEADLINE_MS = 5000
 
 /** The connection that REDIS_URL names, or none. Rejects when Redis cannot be reached now. */
 export async function openConnection ({ REDIS_URL: url }: Config, log: StoreLog): Promise<Redis | undefined> {
@@ -23,9 +23,14 @@ export async function openOutbox (
   const directory = directoryOf(config)
   if (directory !== undefined) {
     const { openSqlite } = await import('./sqlite.ts')
-    return openSqlite(directory, projectOf(config), log)
+    try {
+      return openSqlite(directory, projectOf(config), log)
+    } catch (error) {
+      if (error instanceof DirectoryInUse) throw error
+      throw new Error(`${directory} cannot be the outbox: ${(error as Error).message}`)
+    }
   }
   if (config.OUTBOX === 'off' || redis === undefined) return undefined
   const { openRedis } = await import('./redis.ts')
-  return openRedis(redis, projectOf(config), log, config.DEADLINE_MS + CLAIM_AFTER_DEADLINE_MS)
+  return openRedis(redis, projectOf(config), log, config.DEADLINE_MS + LEASE_AFTER_DEADLINE_MS)
 }

@@ -1,3 +1,4 @@
+import { setImmediate } from 'node:timers/promises'
 import type { Config } from '../config.ts'
 import type { DeadLetter, Entry, Outbox } from './outbox.ts'
 import { isTooOld } from './round.ts'
@@ -18,12 +19,19 @@ export async function * operate (outbox: Outbox, config: Config, order: string[]
   const takesIds = action === 'replay' || action === 'drop'
   if (!takesIds && action !== 'list' && action !== 'dead') throw new OrderError('outbox: list, dead, replay or drop?')
   if (takesIds && ids.length === 0) throw new OrderError(`outbox ${action} takes ids, or all.`)
+  if (ids.length > 1 && ids.includes('all')) throw new OrderError(`outbox ${action} takes ids, or all, not both.`)
   if (!takesIds && ids.length > 0) throw new OrderError(`outbox ${action} takes no ids.`)
   if (!takesIds) return yield * lines(action === 'list' ? outbox.waiting : outbox.dead)
 
   let changed = 0
   let byImport = 0
+  // Those that die meanwhile are not meant.
+  let left = outbox.counts().dead
   for await (const page of pages(outbox.dead)) {
+    if (left <= 0) break
+    left -= page.length
+    // Others have to be served as well.
+    await setImmediate()
     const letters = page.filter(({ id }) => ids[0] === 'all' || ids.includes(id))
       .map(({ id, event }) => ({ id, ...isTooOld({ event }, config) && { endpoint: 'import' as const } }))
     if (letters.length === 0) continue

@@ -18,15 +18,15 @@ export interface DeadLetter { id: string, event: IdentifyEvent, reason: string, 
  * when the store fails, and then have done nothing, or will do no harm when they are called again.
  */
 export interface Outbox {
-  /** True once the event is on disk; false when it is not kept, because the outbox is full or the store failed. */
-  put: (event: IdentifyEvent) => Promise<boolean>
+  /** True once the event is on disk; false when it is not kept; undefined when the store did not say so in time. */
+  put: (event: IdentifyEvent) => Promise<boolean | undefined>
   /** Does an event with the same claim wait? Undefined when the store cannot be asked. */
   holds: (claim: string) => Promise<boolean | undefined>
   /**
-   * The oldest entries, in their order; the same ones again until they are `done` or `bury`ed. None while another
-   * process has entries in hand: to keep the order of claims, one at a time delivers.
+   * The oldest entries, or those after the id `after`, in their order: at most `count`, and about a megabyte. They stay
+   * until they are `done` or `bury`ed. None while another process delivers: to keep claims in order one at a time does.
    */
-  take: (count: number) => Promise<Entry[]>
+  take: (count: number, after?: string) => Promise<Entry[]>
   /** They are delivered, and no longer kept. */
   done: (entries: Entry[]) => Promise<void>
   /** They become dead letters. */
@@ -46,6 +46,9 @@ export interface Outbox {
 
 /** How much an outbox keeps, dead letters included; then it keeps nothing more until there is room. */
 export const MAX_ENTRIES = 1_000_000
+
+/** In one `take`: the last entry may exceed it. */
+export const MAX_TAKE_BYTES = 1_000_000
 
 /** What is said of a store's troubles; `pino` fits. */
 export type StoreLog = Record<'info' | 'warn' | 'error', (what: object, message: string) => void>

@@ -25,6 +25,8 @@ export function createPace () {
   return {
     /** There is nothing to do: for `ms`, or until something comes. */
     idle: (ms: number) => rest(ms, true, 0),
+    /** The store failed: for `ms`. */
+    trouble: (ms: number) => rest(ms, false, Infinity),
     /** Mixpanel is not asked: for `ms`, or until it takes something. */
     outage: (ms: number) => rest(ms, false, 0),
     /** It failed: for `ms`, or while Mixpanel takes what others send for five seconds. */

@@ -1,108 +1,104 @@
 import { randomUUID } from 'node:crypto'
 import { createBatcher } from '../batcher.ts'
 import { claimOf, type IdentifyEvent } from '../event.ts'
-import { lost, type Redis } from '../redis.ts'
-import { MAX_ENTRIES, seldom, type DeadLetter, type Entry, type Outbox, type StoreLog } from './outbox.ts'
+import { connectPatient, lost, type Redis } from '../redis.ts'
+import {
+  MAX_ENTRIES, MAX_TAKE_BYTES, seldom, type DeadLetter, type Entry, type Outbox, type StoreLog
+} from './outbox.ts'
 import { SCRIPTS } from './scripts.ts'
 
 /** In one script, which holds up everybody else at Redis. */
-const MAX_PUT = 500
+const MAX_PUT = 100
 
-/** A caller is told that nothing was kept after 200 ms; what Redis runs later, because it was stopped, must not be. */
-const PUT_WITHIN_MS = 150
-
-/** The most that one `take` asks for. */
-const MAX_TAKE = 2000
+/** For what no caller waits for, and what may be a megabyte. */
+const PATIENCE_MS = 5000
 
 type Fields = [id: string, fields: string[]]
 
 /**
- * An outbox in Redis for several relays of one project: streams, with a consumer group that one relay at a time takes
- * from. `claimAfterMs` must be longer than a relay may need to deliver what it took. `redis` stays its creator's to
- * close. Rejects when Redis cannot be asked.
+ * An outbox in Redis for several relays of one project: streams, and a lease that lets one relay at a time deliver.
+ * `leaseMs` should be longer than a relay may need to deliver what it took. `fast` is a connection for what callers
+ * wait for, and stays its creator's to close. Rejects when Redis cannot be asked.
  */
 export async function openRedis (
-  redis: Redis, project: string, log: StoreLog, claimAfterMs: number, maxEntries = MAX_ENTRIES
+  fast: Redis, project: string, log: StoreLog, leaseMs: number, maxEntries = MAX_ENTRIES
 ): Promise<Outbox> {
-  // Braces: in a cluster the three live on one node.
-  const keys = ['waiting', 'dead', 'claims'].map(name => `{identify-relay:${project}}:${name}`)
+  // Braces: these live on one node, wherever there are several.
+  const keys = ['waiting', 'dead', 'claims', 'lease'].map(name => `{identify-relay:${project}}:${name}`)
   const [WAITING, DEAD, CLAIMS] = keys as [string, string, string]
-  const me = `relay-${randomUUID()}`
+  const me = randomUUID()
   let counts = { waiting: 0, dead: 0 }
-  /** Redis's clock minus ours, in ms. */
-  let offset = 0
-
-  for (const [name, lua] of Object.entries(SCRIPTS)) redis.defineCommand(name, { numberOfKeys: keys.length, lua })
+  const patient = await connectPatient(fast, PATIENCE_MS)
+  for (const redis of [fast, patient]) {
+    for (const [name, lua] of Object.entries(SCRIPTS)) redis.defineCommand(name, { numberOfKeys: keys.length, lua })
+  }
   type Script = (...args: (string | number)[]) => Promise<[waiting: number, dead: number, result: unknown]>
-  async function run<Result> (name: keyof typeof SCRIPTS, ...args: (string | number)[]): Promise<Result> {
+  async function run<Result> (
+    redis: Redis, name: keyof typeof SCRIPTS, ...args: (string | number)[]
+  ): Promise<Result> {
     const script = (redis as unknown as Record<string, Script>)[name] as Script
-    const [waiting, dead, result] = await script.call(redis, ...keys, ...args).catch(error => {
-      lost(redis, error)
-      throw error
-    })
+    const [waiting, dead, result] = await script.call(redis, ...keys, ...args)
     counts = { waiting, dead }
     return result as Result
   }
 
   async function greet (): Promise<void> {
-    const [seconds, micros] = await redis.time()
-    offset = Number(seconds) * 1000 + Number(micros) / 1000 - Date.now()
-    counts = { waiting: await redis.xlen(WAITING), dead: await redis.xlen(DEAD) }
-    await reportDurability(redis, log)
+    counts = { waiting: await patient.xlen(WAITING), dead: await patient.xlen(DEAD) }
+    await reportDurability(patient, log)
   }
-  const greetAgain = () => greet().catch(error => log.error({ cause: error.message }, 'Redis cannot be asked'))
   await greet()
-  redis.on('ready', greetAgain)
-
+  // Whatever it cannot be asked now it says another time.
+  patient.on('ready', () => greet().catch(() => {}))
   const complain = seldom(log)
 
-  /** Resolves with `failed` for each where Redis does not answer. */
-  async function orElse<Result> (work: () => Promise<Result[]>, count: number, failed: Result): Promise<Result[]> {
+  /** Resolves with undefined for each where Redis does not answer. */
+  async function orUnknown (work: () => Promise<boolean[]>, count: number): Promise<(boolean | undefined)[]> {
     try {
       return await work()
     } catch (error) {
-      lost(redis, error as Error)
+      lost(fast, error as Error)
       complain({ cause: (error as Error).message }, 'the outbox cannot be used')
-      return Array.from({ length: count }, () => failed)
+      return Array.from({ length: count }, () => undefined)
     }
   }
-  const puts = createBatcher<IdentifyEvent, boolean>({
+  const puts = createBatcher<IdentifyEvent, boolean | undefined>({
     maxBatch: MAX_PUT,
-    send: events => orElse(async () => {
-      const latest = Math.floor(Date.now() + offset + PUT_WITHIN_MS)
-      const result = await run('PUT', maxEntries, latest,
-        ...events.flatMap(event => [claimOf(event), JSON.stringify(event)]))
-      if (result !== 'kept') complain({ cause: result }, 'the outbox keeps nothing')
-      return events.map(() => result === 'kept')
-    }, events.length, false)
+    send: events => orUnknown(async () => {
+      const entries = events.flatMap(event => [claimOf(event), JSON.stringify(event)])
+      const isKept = await run(fast, 'PUT', maxEntries, ...entries) === 1
+      if (!isKept) complain({ cause: `it holds ${maxEntries} entries` }, 'the outbox keeps nothing')
+      return events.map(() => isKept)
+    }, events.length)
   })
   const holds = createBatcher<string, boolean | undefined>({
     maxBatch: MAX_PUT,
-    send: claims => orElse<boolean | undefined>(
-      async () => (await redis.hmget(CLAIMS, ...claims)).map(count => count !== null), claims.length, undefined)
+    send: claims => orUnknown(async () => (await fast.hmget(CLAIMS, ...claims)).map(Boolean), claims.length)
   })
 
   const range = async (key: string, count: number, after?: string) =>
-    redis.xrange(key, after === undefined ? '-' : `(${after}`, '+', 'COUNT', count) as Promise<Fields[]>
+    patient.xrange(key, after === undefined ? '-' : `(${after}`, '+', 'COUNT', count) as Promise<Fields[]>
 
   return {
     // Neither batcher has a bound that it could refuse for.
-    put: event => puts.add(event) as Promise<boolean>,
+    put: event => puts.add(event) as Promise<boolean | undefined>,
     holds: claim => holds.add(claim) as Promise<boolean | undefined>,
-    take: async count => (await run<Fields[]>('TAKE', me, Math.min(count, MAX_TAKE), claimAfterMs)).map(asEntry),
-    done: entries => run('DONE', ...entries.flatMap(({ id, event }) => [id, claimOf(event)])),
-    bury: letters => run('BURY', Date.now(), ...letters.flatMap(({ entry: { id, event }, reason }) =>
+    async take (count, after) {
+      const start = after === undefined ? '-' : `(${after}`
+      return (await run<Fields[]>(patient, 'TAKE', me, leaseMs, start, count, MAX_TAKE_BYTES)).map(asEntry)
+    },
+    done: entries => run(patient, 'DONE', ...entries.flatMap(({ id, event }) => [id, claimOf(event)])),
+    bury: letters => run(patient, 'BURY', Date.now(), ...letters.flatMap(({ entry: { id, event }, reason }) =>
       [id, claimOf(event), JSON.stringify(event), reason])),
     counts: () => counts,
     waiting: async (count, after) => (await range(WAITING, count, after)).map(asEntry),
     dead: async (count, after) => (await range(DEAD, count, after)).map(asLetter),
-    replay: letters => run('REPLAY', ...letters.flatMap(({ id, endpoint = '' }) => [id, endpoint])),
-    drop: letters => run('DROP', ...letters.map(({ id }) => id)),
+    replay: letters => run(patient, 'REPLAY', ...letters.flatMap(({ id, endpoint = '' }) => [id, endpoint])),
+    drop: letters => run(patient, 'DROP', ...letters.map(({ id }) => id)),
     async close () {
-      redis.off('ready', greetAgain)
       await Promise.all([puts.idle(), holds.idle()])
-      // Without it another relay waits until we are taken for dead.
-      await run('RELEASE', me, MAX_TAKE).catch(() => {})
+      // Without it another relay would have to wait for the lease to end.
+      await run(fast, 'RELEASE', me).catch(() => {})
+      patient.disconnect()
     }
   }
 }

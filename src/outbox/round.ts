@@ -4,8 +4,9 @@ import { isTooLarge, type Verdict } from '../verdict.ts'
 import type { Entry } from './outbox.ts'
 import type { Suspects } from './suspects.ts'
 
-/** How many arrays may be under way at a time. */
+/** How many arrays may be under way at a time, and how many with a suspect: five failures open the breaker. */
 const ARRAYS = 8
+const MAX_ALONE = 2
 
 /** The most identities in one round, which are in memory together. */
 const MAX_ROUND = 2000
@@ -16,7 +17,7 @@ const MAX_ARRAY_CHARACTERS = 500_000
 /** `/track` drops what is older than five days, and answers `1`. */
 const TRACK_MAX_AGE_MS = 4.5 * 24 * 3600 * 1000
 
-/** How many entries a round may have: eight arrays of MAX_BATCH. */
+/** How many entries a round may have. */
 export function maxRound ({ MAX_BATCH: maxBatch }: Config): number {
   return Math.min(MAX_ROUND, ARRAYS * maxBatch)
 }
@@ -28,36 +29,45 @@ export function isTooOld ({ event, endpoint }: Pick<Entry, 'event' | 'endpoint'>
 }
 
 /**
- * The first `size` of `entries` that may be under way together, in arrays that are as full as they may be: one of each
- * claim, and none that is left aside. An array goes to one endpoint, and Mixpanel takes its size; a suspect is alone.
+ * Those of `entries` that may be under way together, in arrays that are as full as they may be. Of a claim only one
+ * pair of ids is under way, and none while an earlier one is `held` back or left aside; whoever stays behind is added
+ * to `held`. An array goes to one endpoint, and Mixpanel takes its size; a suspect is alone. `last` is the id of the last
+ * entry that was looked at.
  */
-export function choose (entries: Entry[], size: number, suspects: Suspects, maxBatch: number): Entry[][] {
-  const claims = new Set<string>()
+export function choose (entries: Entry[], held: Set<string>, suspects: Suspects, maxBatch: number) {
+  const pairs = new Map<string, string>()
   const arrays: Entry[][] = []
+  const alone: Entry[][] = []
   /** The array that may take more. */
-  let last: Entry[] = []
+  let open: Entry[] = []
   let characters = MAX_ARRAY_CHARACTERS
+  let last: string | undefined
   for (const entry of entries) {
     const claim = claimOf(entry.event)
-    if (claims.has(claim) || suspects.isAside(claim)) continue
-    claims.add(claim)
-    const { length } = JSON.stringify(entry.event)
+    const pair = entry.event.properties.$insert_id
     const isSuspect = suspects.has(claim)
-    const fits = last.length < maxBatch && characters + length <= MAX_ARRAY_CHARACTERS &&
-      last[0]?.endpoint === entry.endpoint
-    if (fits && !isSuspect) {
-      last.push(entry)
-      characters += length
-    } else if (arrays.length === ARRAYS) {
-      break
-    } else {
-      const array = [entry]
-      arrays.push(array)
-      if (!isSuspect) [last, characters] = [array, length]
+    const mustWait = suspects.isAside(claim) || (isSuspect && alone.length === MAX_ALONE)
+    if (mustWait || (pairs.get(claim) ?? pair) !== pair) held.add(claim)
+    if (!held.has(claim)) {
+      const { length } = JSON.stringify(entry.event)
+      const fits = open.length < maxBatch && characters + length <= MAX_ARRAY_CHARACTERS &&
+        open[0]?.endpoint === entry.endpoint
+      if (isSuspect) {
+        alone.push([entry])
+      } else if (fits) {
+        open.push(entry)
+        characters += length
+      } else {
+        if (arrays.length === ARRAYS - MAX_ALONE) break
+        arrays.push(open = [entry])
+        characters = length
+      }
+      pairs.set(claim, pair)
     }
-    if (claims.size === size) break
+    last = entry.id
   }
-  return arrays
+  // Suspects last: when only one may be sent, to probe, it is not one of them.
+  return { arrays: [...arrays, ...alone], last }
 }
 
 /** Why an entry with this verdict will never be delivered; undefined if it is, or may be. */
@@ -69,4 +79,9 @@ export function finalReason ({ endpoint }: Entry, verdict: Verdict): string | un
     return '/import rejected the credentials of this relay'
   }
   return undefined
+}
+
+/** True where Mixpanel was asked and failed, and not because of its limit. */
+export function isFailure ({ code }: Verdict): boolean {
+  return code !== 'mixpanel_unavailable' && code !== 'mixpanel_rate_limited'
 }

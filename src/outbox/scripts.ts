@@ -1,66 +1,59 @@
 /**
  * What the outbox does in Redis, one atomic script each. KEYS: the stream of those that wait, the stream of dead
- * letters, and a hash with how many wait for each claim. Every script returns { how many wait, how many are dead, … }.
+ * letters, a hash with how many wait for each claim, and the lease of the relay that delivers. Every script returns
+ * { how many wait, how many are dead, … }.
  */
 const script = (lua: string) => `
-local waiting, dead, claims = KEYS[1], KEYS[2], KEYS[3]
+local waiting, dead, claims, lease = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local result = (function ()${lua}end)()
 return { redis.call('XLEN', waiting), redis.call('XLEN', dead), result }`
 
 /** Takes an entry out of those that wait, if nobody else did. */
 const FORGET = `
 local function forget (id, claim)
-  redis.call('XACK', waiting, 'relays', id)
   if redis.call('XDEL', waiting, id) == 0 then return false end
   if redis.call('HINCRBY', claims, claim, -1) <= 0 then redis.call('HDEL', claims, claim) end
+  -- Whatever somebody deleted by hand is forgotten here.
+  if redis.call('XLEN', waiting) == 0 then redis.call('DEL', claims) end
   return true
 end`
 
-/**
- * ARGV: the most entries, the last moment (ms of Redis's clock), then claim and event of each. 'kept', all of them; or
- * 'full'; or 'late', because its caller has been told by then that it was not kept.
- */
+/** ARGV: the most entries, then claim and event of each. Returns 1 if all of them are kept, or 0. */
 const PUT = script(`
-  local now = redis.call('TIME')
-  if now[1] * 1000 + now[2] / 1000 > tonumber(ARGV[2]) then return 'late' end
-  local count = redis.call('XLEN', waiting) + redis.call('XLEN', dead) + (#ARGV - 2) / 2
-  if count > tonumber(ARGV[1]) then return 'full' end
-  for i = 3, #ARGV, 2 do
+  local count = redis.call('XLEN', waiting) + redis.call('XLEN', dead) + (#ARGV - 1) / 2
+  if count > tonumber(ARGV[1]) then return 0 end
+  for i = 2, #ARGV, 2 do
     redis.call('XADD', waiting, '*', 'claim', ARGV[i], 'event', ARGV[i + 1])
     redis.call('HINCRBY', claims, ARGV[i], 1)
   end
-  return 'kept'
+  return 1
 `)
 
 /**
- * ARGV: this consumer, how many, and after how many ms of silence another one is taken for dead. What a dead one had
- * in hand is claimed. While a living one has anything in hand nothing can be taken: only so do claims keep their order.
+ * ARGV: this relay, for how many ms it is the one that delivers, the first id, how many entries, how many bytes. None
+ * while another one delivers: streams have consumer groups to divide work, and claims in order must not be divided.
  */
 const TAKE = script(`
-  local me, count = ARGV[1], ARGV[2]
-  redis.pcall('XGROUP', 'CREATE', waiting, 'relays', '0', 'MKSTREAM')
-  redis.call('XAUTOCLAIM', waiting, 'relays', me, ARGV[3], '0-0', 'COUNT', count, 'JUSTID')
-  for _, consumer in ipairs(redis.call('XINFO', 'CONSUMERS', waiting, 'relays')) do
-    local name, pending, idle = consumer[2], consumer[4], consumer[6]
-    if name ~= me and pending > 0 then return {} end
-    if name ~= me and idle > 3600000 then redis.call('XGROUP', 'DELCONSUMER', waiting, 'relays', name) end
+  local owner = redis.call('GET', lease)
+  if owner and owner ~= ARGV[1] then return {} end
+  redis.call('SET', lease, ARGV[1], 'PX', ARGV[2])
+  local entries, bytes, start = {}, 0, ARGV[3]
+  while #entries < tonumber(ARGV[4]) and bytes < tonumber(ARGV[5]) do
+    local page = redis.call('XRANGE', waiting, start, '+', 'COUNT', 20)
+    if #page == 0 then break end
+    for _, entry in ipairs(page) do
+      if #entries == tonumber(ARGV[4]) or bytes >= tonumber(ARGV[5]) then break end
+      table.insert(entries, entry)
+      bytes = bytes + #entry[2][4]
+    end
+    start = '(' .. page[#page][1]
   end
-  local inHand = redis.call('XREADGROUP', 'GROUP', 'relays', me, 'COUNT', count, 'STREAMS', waiting, '0')
-  local entries = {}
-  for _, entry in ipairs(inHand and inHand[1][2] or {}) do
-    -- Somebody deleted it by hand.
-    if entry[2] then table.insert(entries, entry) else redis.call('XACK', waiting, 'relays', entry[1]) end
-  end
-  if #entries > 0 then return entries end
-  local new = redis.call('XREADGROUP', 'GROUP', 'relays', me, 'COUNT', count, 'STREAMS', waiting, '>')
-  return new and new[1][2] or {}
+  return entries
 `)
 
-/** ARGV: this consumer, how many. What it has in hand can be claimed by another one at once. */
+/** ARGV: this relay. Another one may deliver from now on. */
 const RELEASE = script(`
-  for _, entry in ipairs(redis.call('XPENDING', waiting, 'relays', '-', '+', ARGV[2], ARGV[1])) do
-    redis.call('XCLAIM', waiting, 'relays', ARGV[1], 0, entry[1], 'IDLE', 86400000, 'JUSTID')
-  end
+  if redis.call('GET', lease) == ARGV[1] then redis.call('DEL', lease) end
 `)
 
 /** ARGV: id and claim of each. */

@@ -1,7 +1,9 @@
 import { createBatcher } from '../batcher.ts'
 import { claimOf, type IdentifyEvent } from '../event.ts'
 import { openDirectory } from './directory.ts'
-import { MAX_ENTRIES, seldom, type DeadLetter, type Entry, type Outbox, type StoreLog } from './outbox.ts'
+import {
+  MAX_ENTRIES, MAX_TAKE_BYTES, seldom, type DeadLetter, type Entry, type Outbox, type StoreLog
+} from './outbox.ts'
 
 /** `claim` is what `claimOf` makes of an event, `event` its JSON, `died` in ms since the epoch. */
 const SCHEMA = `
@@ -34,6 +36,10 @@ export function openSqlite (directory: string, project: string, log: StoreLog, m
     put: db.prepare('INSERT INTO waiting (claim, event) VALUES (?, ?)'),
     holds: db.prepare('SELECT 1 FROM waiting WHERE claim = ? LIMIT 1'),
     waiting: db.prepare('SELECT id, event, endpoint FROM waiting WHERE id > ? ORDER BY id LIMIT ?'),
+    take: db.prepare(`SELECT id, event, endpoint FROM (
+        SELECT *, sum(length(event)) OVER (ORDER BY id) - length(event) AS before
+        FROM (SELECT * FROM waiting WHERE id > ? ORDER BY id LIMIT ?)
+      ) WHERE before < ?`),
     dead: db.prepare('SELECT id, event, reason, died FROM dead WHERE id > ? ORDER BY id LIMIT ?'),
     forget: db.prepare('DELETE FROM waiting WHERE id IN (SELECT value FROM json_each(?))'),
     bury: db.prepare('INSERT INTO dead SELECT id, claim, event, ?, ? FROM waiting WHERE id = ?'),
@@ -46,7 +52,7 @@ export function openSqlite (directory: string, project: string, log: StoreLog, m
     .some(fingerprint => fingerprint !== project)
   if (isForeign && counts.waiting + counts.dead > 0) {
     close()
-    throw new Error(`${directory} holds identities of another project`)
+    throw new Error('it holds identities of another project')
   }
   transact(() => {
     db.exec('DELETE FROM project')
@@ -92,8 +98,6 @@ export function openSqlite (directory: string, project: string, log: StoreLog, m
     ({ id: String(id), event: JSON.parse(event), ...endpoint !== null && { endpoint } })
   const asLetter = ({ id, event, reason, died }: DeadRow): DeadLetter =>
     ({ id: String(id), event: JSON.parse(event), reason, died: new Date(died) })
-  const waiting: Outbox['waiting'] = async (count, after = '0') =>
-    (sql.waiting.all(Number(after), count) as WaitingRow[]).map(asEntry)
   const asArray = (list: { id: string }[]) => JSON.stringify(list.map(({ id }) => Number(id)))
   const forget = (entries: Entry[]) => sql.forget.run(asArray(entries)).changes
 
@@ -101,7 +105,9 @@ export function openSqlite (directory: string, project: string, log: StoreLog, m
     // The batcher has no bound that it could refuse for.
     put: event => puts.add(event) as Promise<boolean>,
     holds: async claim => counts.waiting > 0 && sql.holds.all(claim).length > 0,
-    take: async count => counts.waiting > 0 ? waiting(count) : [],
+    take: async (count, after = '0') => counts.waiting > 0
+      ? (sql.take.all(Number(after), count, MAX_TAKE_BYTES) as WaitingRow[]).map(asEntry)
+      : [],
     async done (entries) {
       counts.waiting -= forget(entries)
       if (counts.waiting === 0 && counts.dead < MAX_COMMIT) shrink()
@@ -115,7 +121,7 @@ export function openSqlite (directory: string, project: string, log: StoreLog, m
       counts.dead += buried
     },
     counts: () => ({ ...counts }),
-    waiting,
+    waiting: async (count, after = '0') => (sql.waiting.all(Number(after), count) as WaitingRow[]).map(asEntry),
     dead: async (count, after = '0') => (sql.dead.all(Number(after), count) as DeadRow[]).map(asLetter),
     async replay (letters) {
       const replayed = transact(() => {

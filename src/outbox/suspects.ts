@@ -1,11 +1,15 @@
 import { backoffMs } from './pace.ts'
 
-/** What the drain knows of claims on which Mixpanel fails while it takes others. */
+/** Who comes later is not remembered, and is sent together with others again. */
+const MOST = 10_000
+
+/** What the drain knows of claims on which Mixpanel may fail while it takes others. */
 export type Suspects = ReturnType<typeof createSuspects>
 
 /**
- * Claims whose entry failed alone, while Mixpanel took others: for longer each time they are left aside, and then their
- * entry is sent in an array of its own, so that it holds up nobody. Forgotten with the process.
+ * Claims that were in an array on which Mixpanel failed: they are left aside for a while, and then sent alone. So the
+ * next probe is with others, and where it was about one of them, that one is found, is tried ever more seldom, and holds
+ * up nobody. Forgotten with the process.
  */
 export function createSuspects () {
   const suspects = new Map<string, { failures: number, until: number }>()
@@ -13,8 +17,9 @@ export function createSuspects () {
   return {
     has: (claim: string) => suspects.has(claim),
     isAside: (claim: string) => (suspects.get(claim)?.until ?? 0) > Date.now(),
-    /** It failed alone, for the first time or once more. */
+    /** Mixpanel failed on it, for the first time or once more. */
     failed (claim: string): void {
+      if (suspects.size >= MOST && !suspects.has(claim)) return
       const failures = (suspects.get(claim)?.failures ?? 0) + 1
       suspects.set(claim, { failures, until: Date.now() + backoffMs(failures) })
     },
