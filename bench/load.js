@@ -5,9 +5,9 @@ import { randomUUID } from 'node:crypto'
 import { connect } from 'node:net'
 import { performance } from 'node:perf_hooks'
 
-const { port, connections, seconds, rate = 0 } = JSON.parse(process.argv[2])
+const { port, connections, seconds, rate = 0, distinct = 20_000 } = JSON.parse(process.argv[2])
 
-const requests = Array.from({ length: 20_000 }, (_, index) => {
+const requests = Array.from({ length: distinct }, (_, index) => {
   const body = JSON.stringify({ identified_id: `user-${index}@example.com`, anon_id: randomUUID() })
   return Buffer.from('POST /identify HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n' +
     `content-length: ${body.length}\r\n\r\n${body}`)

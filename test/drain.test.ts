@@ -1,5 +1,6 @@
 import { mock } from 'node:test'
 import { t, type Test } from 'tap'
+import { createBreaker } from '../src/breaker.ts'
 import { readConfig } from '../src/config.ts'
 import type { Delivery, Item } from '../src/delivery.ts'
 import { identifyEvent } from '../src/event.ts'
@@ -15,16 +16,18 @@ const down: Verdict = { code: 'mixpanel_unreachable', cause: 'status 503', again
 const accepted: Verdict = { code: 'accepted' }
 
 /** A drain on a clock of the test's own, between an outbox in memory and a Mixpanel that `answer` plays. */
-function start (t: Test, count: number, answer: (items: Item[]) => Verdict[], env = {}, isOpen = false, given: object[] = []) {
+function start (t: Test, count: number, answer: (items: Item[]) => Verdict[], env = {}, given: object[] = []) {
   mock.timers.enable({ apis: ['setTimeout', 'Date'], now: Date.now() })
   t.teardown(() => mock.timers.reset())
   let entries: Entry[] = Array.from({ length: count }, (_, index) =>
     ({ id: String(index), event: identifyEvent(identity({ identified_id: `user-${index}`, ...given[index] }), Date.now()) }))
+  let nextId = count
   const arrays: string[][] = []
   const said: string[] = []
   const store = { isBroken: false }
   const rounds: { at: number, arrays: number[] }[] = []
-  const state = { isOpen }
+  const breaker = createBreaker()
+  const asked: number[] = []
   const outbox = {
     async take (most: number, after = '-1') {
       if (store.isBroken) throw new Error('the disk is gone')
@@ -41,11 +44,15 @@ function start (t: Test, count: number, answer: (items: Item[]) => Verdict[], en
   } as unknown as Outbox
   const delivery = {
     async deliver (items: Item[]) {
+      if (!breaker.admits()) return items.map(() => ({ code: 'mixpanel_unavailable', retryAfter: breaker.retryAfter() }))
       arrays.push(items.map(({ event }) => String(event.properties.$identified_id)))
+      asked.push(Date.now())
       rounds.at(-1)?.arrays.push(items.length)
-      return answer(items)
+      const verdicts = answer(items)
+      breaker.record(!('again' in verdicts[0]!))
+      return verdicts
     },
-    isOpen: () => state.isOpen
+    isOpen: breaker.isOpen
   } as unknown as Delivery
   const say = (what: object, message: string) => { said.push(message) }
   const drain = createDrain(readConfig({ MIXPANEL_TOKEN: 'x', ...env }, () => ''), outbox, delivery, { debug () {}, info: say, warn: say, error: say })
@@ -56,8 +63,10 @@ function start (t: Test, count: number, answer: (items: Item[]) => Verdict[], en
     rounds,
     said,
     store,
-    state,
+    asked,
+    breaker,
     waiting: () => entries.length,
+    add () { entries.push({ id: String(nextId), event: identifyEvent(identity({ identified_id: `user-${nextId++}` }), Date.now()) }) },
     /** Lets the clock run on. */
     async pass (seconds: number) {
       await turn()
@@ -78,47 +87,36 @@ t.test('full arrays, eight at a time, oldest first', async t => {
   await drain.stop()
 })
 
-t.test('an outage: it backs off as Mixpanel asks, and comes back at once', async t => {
+t.test('an outage: ever fewer probes, one every half minute at last, and nobody waits for long when it is over', async t => {
   const mixpanel = { isDown: true }
-  const { rounds, said, pass, waiting, drain, state } = start(t, 1000, items => items.map(() => mixpanel.isDown ? down : accepted))
-  await pass(200)
-  const pauses = rounds.slice(1).map(({ at }, index) => (at - rounds[index]!.at) / 1000)
-  pauses.forEach((seconds, index) => {
-    const least = Math.min(2 ** (index + 1), 60) + 1
-    t.ok(seconds >= least && seconds <= least + 4.2, `pause ${index + 1}: ${seconds} s`)
-  })
-  t.ok(pauses.length >= 4)
-  state.isOpen = true
-  await pass(100)
-  t.ok(rounds.length - pauses.length >= 3, 'where it is out of reach it is probed every half minute')
-  const before = rounds.length
+  const { asked, said, pass, waiting, drain } = start(t, 1000, items => items.map(() => mixpanel.isDown ? down : accepted))
+  await pass(300)
+  t.equal(waiting(), 1000)
+  t.ok(asked.length < 30, `${asked.length} requests in five minutes`)
+  const last = asked.slice(-5).map((at, index, list) => index === 0 ? 20_000 : at - list[index - 1]!)
+  t.ok(last.every(ms => ms >= 2000 && ms <= 36_000), last.join())
   drain.added()
+  const before = asked.length
   await pass(0)
-  t.equal(rounds.length, before, 'what is added to an outage changes nothing')
+  t.equal(asked.length, before, 'what is added to an outage changes nothing')
   mixpanel.isDown = false
-  state.isOpen = false
-  drain.recovered()
-  await pass(70)
+  await pass(60)
   t.equal(waiting(), 0)
-  t.ok(rounds.length - before < 1200, 'those who were probed with come alone, the others do not')
   t.same(said, ['the outbox waits for Mixpanel', 'the outbox is drained again'])
   await drain.stop()
 })
 
-t.test('a probe of the breaker that succeeds is followed at once', async t => {
-  let asked = 0
-  const { rounds, pass, waiting, drain } = start(t, 1000, items => items.map(() => ++asked > 50 && asked <= 400 ? { code: 'mixpanel_unavailable', retryAfter: 1 } : accepted))
-  await pass(0)
+t.test('an outage that callers find to be over is over at once', async t => {
+  const mixpanel = { isDown: true }
+  const { pass, waiting, drain, breaker } = start(t, 1000, items => items.map(() => mixpanel.isDown ? down : accepted))
+  await pass(120)
+  mixpanel.isDown = false
+  for (let second = 0; second < 20; second++) {
+    breaker.record(true)
+    drain.recovered()
+    await pass(1)
+  }
   t.equal(waiting(), 0)
-  t.equal(new Set(rounds.map(({ at }) => at)).size, 1)
-  await drain.stop()
-})
-
-t.test('the breaker is open: nothing was asked, so it only waits for the next probe', async t => {
-  const { rounds, pass, drain, said } = start(t, 10, items => items.map(() => ({ code: 'mixpanel_unavailable', retryAfter: 3 })), {}, true)
-  await pass(10)
-  t.same(rounds.map(({ at }) => Math.round((at - rounds[0]!.at) / 1000)), [0, 3, 6, 9])
-  t.same(said, [])
   await drain.stop()
 })
 
@@ -154,12 +152,25 @@ t.test('those on which Mixpanel fails hold up nobody', async t => {
   await drain.stop()
 })
 
+t.test('one that fails for ever delays nobody who comes later', async t => {
+  const { pass, waiting, drain, add, said } = start(t, 1, items => items.map(({ event }) => event.properties.$identified_id === 'user-0' ? down : accepted))
+  await pass(60)
+  for (let count = 0; count < 30; count++) {
+    add()
+    drain.added()
+    await pass(1)
+    t.equal(waiting(), 1)
+  }
+  t.same(said.slice(0, 1), ['the outbox waits for Mixpanel'])
+  await drain.stop()
+})
+
 t.test('one claim, many users: one at a time, in order, and nobody else waits for them; the same pair travels together', async t => {
   const anon = '5f0c8a1e-6a0b-4d53-9d3c-0a1f6f2b7c11'
   const given = Array.from({ length: 900 }, (_, index) => index < 600
     ? { identified_id: `claimant-${Math.floor(index / 3)}`, anon_id: anon }
     : { identified_id: `user-${index}` })
-  const { arrays, pass, waiting, drain } = start(t, 900, items => items.map(() => accepted), {}, false, given)
+  const { arrays, pass, waiting, drain } = start(t, 900, items => items.map(() => accepted), {}, given)
   await pass(5)
   t.equal(waiting(), 0)
   const order = arrays.map(array => array.filter(id => id.startsWith('claimant')))

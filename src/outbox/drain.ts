@@ -12,14 +12,14 @@ type Log = StoreLog & Record<'debug', (what: object, message: string) => void>
 
 interface Outcome { entry: Entry, verdict: Verdict }
 
-/** Another relay may have died, or come back with something in hand; and a store that failed may be well again. */
+/** Another relay may have put something, or died. */
 const LOOK_AGAIN_MS = 1000
 
-/** While Mixpanel is out of reach it is probed at least as often as by callers. */
-const LAST_PROBE_MS = 30_000
-
-/** At the end of the process: how long what is under way may take. It stays in the outbox. */
+/** How long what is under way may take at the end of the process. */
 const LAST_ROUND_MS = 2000
+
+/** One pass through the outbox: what comes after `after`, and who stays behind (see `choose`). */
+const newPass = () => ({ after: undefined as string | undefined, held: new Set<string>(), isUseful: false })
 
 /**
  * Brings to Mixpanel what waits in the outbox, oldest first, in full arrays, until it is delivered, refused or too old.
@@ -31,24 +31,15 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
   const pace = createPace()
   const suspects = createSuspects()
   const state = { failures: 0, isAbandoned: false }
-  /** One pass through the outbox: what comes after `after`, and who stays behind (see `choose`). */
-  let pass = { after: undefined as string | undefined, held: new Set<string>(), isUseful: false }
+  let pass = newPass()
 
   async function run (): Promise<void> {
-    while (!pace.isStopped()) await orWait(round)
+    while (!pace.isStopped()) await attempt(round)
   }
 
-  /** Where the store fails, says so and waits. Resolves with whether the work is done. */
-  async function orWait (work: () => Promise<void>): Promise<boolean> {
-    try {
-      await work()
-      return true
-    } catch (error) {
-      log.error({ cause: (error as Error).message }, 'the outbox cannot be emptied')
-      await pace.trouble(LOOK_AGAIN_MS)
-      return false
-    }
-  }
+  const attempt = (work: () => Promise<void>) => pace.attempt(work, error => {
+    log.error({ cause: error.message }, 'the outbox cannot be emptied')
+  })
 
   async function round (): Promise<void> {
     const entries = await outbox.take(most, pass.after)
@@ -62,7 +53,7 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
     const outcomes = (await Promise.all(arrays.map(deliver))).flat()
     if (state.isAbandoned) return
     // Before anything else is sent the outbox must know what has been.
-    while (!await orWait(() => settle(outcomes)) && !pace.isStopped());
+    while (!await attempt(() => settle(outcomes)) && !pace.isStopped());
     pass.after = last ?? pass.after
     await adapt(outcomes)
   }
@@ -70,7 +61,7 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
   /** From the beginning again: at once if something was settled, for then others may follow. */
   async function nextPass (): Promise<void> {
     const { isUseful } = pass
-    pass = { after: undefined, held: new Set(), isUseful: false }
+    pass = newPass()
     if (!isUseful) await pace.idle(LOOK_AGAIN_MS)
   }
 
@@ -82,6 +73,7 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
   }
 
   async function settle (outcomes: Outcome[]): Promise<void> {
+    if (outcomes.length === 0) return
     const delivered = outcomes.filter(({ verdict }) => verdict.code === 'accepted').map(({ entry }) => entry)
     if (delivered.length > 0) await outbox.done(delivered)
     const letters = outcomes.flatMap(({ entry, verdict }) => {
@@ -89,7 +81,6 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
       return reason === undefined ? [] : [{ entry, reason }]
     })
     await bury(letters)
-    if (outcomes.length === 0) return
     log.debug({ delivered: delivered.length, buried: letters.length, ...outbox.counts() }, 'a round of the outbox')
   }
 
@@ -103,35 +94,42 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
   /** Whom to leave aside, and how long to wait. */
   async function adapt (outcomes: Outcome[]): Promise<void> {
     const failed: Verdict[] = []
+    let settled = 0
     for (const { entry, verdict } of outcomes) {
       const claim = claimOf(entry.event)
       if (verdict.code === 'accepted' || finalReason(entry, verdict) !== undefined) {
         suspects.settled(claim)
+        settled++
         continue
       }
       pass.held.add(claim)
-      failed.push(verdict)
-      // It may be one of these on which Mixpanel fails; if it is out of reach for all, little is lost by it.
+      // A suspect waits for itself. Others become suspects: it may be about one of them, or Mixpanel is out of reach.
+      if (!isFailure(verdict) || !suspects.has(claim)) failed.push(verdict)
       if (isFailure(verdict)) suspects.failed(claim)
     }
-    const isUseful = failed.length < outcomes.length
-    pass.isUseful ||= isUseful
-    const retryAfterMs = Math.max(0, ...failed.map(verdict => 'retryAfter' in verdict ? verdict.retryAfter * 1000 : 0))
-    const isLimited = failed.some(({ code }) => code === 'mixpanel_rate_limited')
-    if (failed.length === 0 || (isUseful && !isLimited)) {
-      if (state.failures > 0) log.info(outbox.counts(), 'the outbox is drained again')
+    pass.isUseful ||= settled > 0
+    if (settled > 0 && !failed.some(({ code }) => code === 'mixpanel_rate_limited')) {
+      if (state.failures > 0) {
+        log.info(outbox.counts(), 'the outbox is drained again')
+        suspects.forgive()
+      }
       state.failures = 0
-      return
+    } else if (failed.length > 0) {
+      await wait(failed)
     }
-    pass = { after: undefined, held: new Set(), isUseful: false }
+  }
+
+  async function wait (failed: Verdict[]): Promise<void> {
+    pass = newPass()
     const isOpen = delivery.isOpen()
+    const retryAfterMs = Math.max(...failed.map(verdict => 'retryAfter' in verdict ? verdict.retryAfter * 1000 : 0))
     if (failed.every(({ code }) => code === 'mixpanel_unavailable')) {
       // Nobody asked; or somebody did, and all is well again.
       return isOpen ? pace.outage(retryAfterMs) : undefined
     }
     if (state.failures++ === 0) log.warn({ code: failed[0]?.code, ...outbox.counts() }, 'the outbox waits for Mixpanel')
     const ms = Math.max(backoffMs(state.failures), retryAfterMs)
-    await (isOpen ? pace.outage(Math.min(ms, LAST_PROBE_MS)) : pace.backoff(ms))
+    await (isOpen ? pace.outage(ms) : pace.backoff(ms))
   }
 
   const running = run()

@@ -1,6 +1,12 @@
 /** While others are taken, what failed is tried again after this long, whatever its backoff is. */
 const RECOVERED_MS = 5000
 
+/** A store that failed may be well again after this long. */
+const FAILED_MS = 1000
+
+/** While Mixpanel is out of reach it is probed at least as often as the breaker lets callers do it. */
+const LAST_PROBE_MS = 30_000
+
 /** Mixpanel's advice: begin with 2 s, double up to 60 s, and add 1 to 5 s by chance. `failures` counts from 1. */
 export const backoffMs = (failures: number) => Math.min(1000 * 2 ** failures, 60_000) + 1000 + Math.random() * 4000
 
@@ -25,10 +31,19 @@ export function createPace () {
   return {
     /** There is nothing to do: for `ms`, or until something comes. */
     idle: (ms: number) => rest(ms, true, 0),
-    /** The store failed: for `ms`. */
-    trouble: (ms: number) => rest(ms, false, Infinity),
-    /** Mixpanel is not asked: for `ms`, or until it takes something. */
-    outage: (ms: number) => rest(ms, false, 0),
+    /** Resolves with whether `work` is done; where it fails, `complain` is told, and there is a pause. */
+    async attempt (work: () => Promise<void>, complain: (error: Error) => void): Promise<boolean> {
+      try {
+        await work()
+        return true
+      } catch (error) {
+        complain(error as Error)
+        await rest(FAILED_MS, false, Infinity)
+        return false
+      }
+    },
+    /** Mixpanel is out of reach: for `ms`, at most half a minute, or until it takes something. */
+    outage: (ms: number) => rest(Math.min(ms, LAST_PROBE_MS), false, 0),
     /** It failed: for `ms`, or while Mixpanel takes what others send for five seconds. */
     backoff: (ms: number) => rest(ms, false, RECOVERED_MS),
 

@@ -31,8 +31,8 @@ export function isTooOld ({ event, endpoint }: Pick<Entry, 'event' | 'endpoint'>
 /**
  * Those of `entries` that may be under way together, in arrays that are as full as they may be. Of a claim only one
  * pair of ids is under way, and none while an earlier one is `held` back or left aside; whoever stays behind is added
- * to `held`. An array goes to one endpoint, and Mixpanel takes its size; a suspect is alone. `last` is the id of the last
- * entry that was looked at.
+ * to `held`. An array goes to one endpoint, and Mixpanel takes its size; a suspect is alone. `last` is the id of the
+ * last entry that was looked at.
  */
 export function choose (entries: Entry[], held: Set<string>, suspects: Suspects, maxBatch: number) {
   const pairs = new Map<string, string>()
