@@ -58,7 +58,7 @@ if (rate === 0) {
   const timer = setInterval(() => {
     for (const now = performance.now(); made < (now - started) / 1000 * rate; made++) {
       const at = started + made / rate * 1000
-      if (idle.length > 0) send(idle.pop(), at)
+      if (idle.length > 0) send(idle.shift(), at)
       else due.push(at)
     }
     if (isOver) clearInterval(timer)

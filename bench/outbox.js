@@ -50,7 +50,7 @@ let server = relay(directory)
 await until(async () => await post('/identify', identity()) === 200)
 const before = JSON.parse(await upstream('/count')).identities
 await upstream('/down')
-const load = start(['load.js', JSON.stringify({ port: PORT, connections: 200, seconds, rate: RATE, distinct: seconds * RATE + 1000 })], {}, 'pipe')
+const load = start(['load.js', JSON.stringify({ port: PORT, connections: 50, seconds, rate: RATE, distinct: seconds * RATE + 1000 })], {}, 'pipe')
 let printed = ''
 load.stdout.on('data', chunk => { printed += chunk })
 await load.over

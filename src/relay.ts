@@ -68,8 +68,8 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
 
     /** Resolves when nothing waits any more, for callers who have gone neither, and all is closed. */
     async close (): Promise<void> {
-      await keeper?.close()
-      await batcher.idle()
+      // With an outbox everybody has been sent, kept or told otherwise when its keeper is closed.
+      await (keeper === undefined ? batcher.idle() : keeper.close())
       await mixpanel.close()
     }
   }

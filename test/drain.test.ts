@@ -236,6 +236,17 @@ t.test('the backoff of Mixpanel\'s documentation', async t => {
   }
 })
 
+t.test('a thousand suspects are remembered', async t => {
+  const suspects = createSuspects()
+  for (let count = 0; count < 1500; count++) suspects.failed(`claim ${count}`)
+  t.equal(suspects.has('claim 999'), true)
+  t.equal(suspects.has('claim 1000'), false)
+  suspects.failed('claim 7')
+  t.equal(suspects.isAside('claim 7'), true)
+  suspects.forgive()
+  t.equal(suspects.isAside('claim 7'), false)
+})
+
 t.test('why an entry will never be delivered', async t => {
   const entry: Entry = { id: '1', event: identifyEvent(identity(), 0) }
   t.equal(finalReason(entry, { code: 'refused_by_mixpanel' }), 'refused by Mixpanel, without a reason')

@@ -159,7 +159,7 @@ t.test('dead letters: refused, too old, too large; operators list, replay and dr
   t.equal(relay.sandbox.ledger.rows().at(-1)?.properties.$identified_id, other.identified_id)
   t.same(await lines(relay, 'dead'), [])
   t.same(await lines(relay, 'drop', 'all'), ['0 dropped.'])
-  for (const order of [[], ['delete'], ['replay'], ['drop'], ['list', 'all']]) await t.rejects(lines(relay, ...order), { message: /^outbox.*[?.]$/ })
+  for (const order of [[], ['delete'], ['replay'], ['drop'], ['list', 'all'], ['drop', 'all', '17'], ['replay', '1', 'all']]) await t.rejects(lines(relay, ...order), { message: /^outbox.*[?.]$/ })
 })
 
 t.test('a lone one that is too large dies; a replay whose credentials are rejected does not hold up the rest', async t => {
@@ -198,6 +198,18 @@ t.test('a full outbox, or one out of reach: 503 at once; but never where Mixpane
   relay.sandbox.faults.add({ name: 'wait', ms: 300, times: 10 })
   const answers = await Promise.all(Array.from({ length: 5 }, () => relay.post(identity())))
   t.same(answers.map(({ statusCode }) => statusCode), [200, 200, 200, 503, 503])
+})
+
+t.test('time is up: whoever still waits for Mixpanel is kept', async t => {
+  const relay = await keeping(t)
+  relay.sandbox.faults.add({ name: 'hang', times: 1000 })
+  const waiting = Promise.all(Array.from({ length: 20 }, () => relay.post(identity())))
+  await sleep(200)
+  relay.relay.hurry()
+  t.same(new Set((await waiting).map(({ statusCode }) => statusCode)), new Set([202]))
+  t.equal(relay.outbox.counts().waiting, 20)
+  const off = await startRelay(t)
+  off.relay.hurry()
 })
 
 t.test('a claim is one anonymous id, however it is written', async t => {

@@ -95,6 +95,28 @@ t.test('a relay that cannot make its socket, and operators whom nobody answers',
   t.equal(off.output(), 'OUTBOX is off: there is nothing to look at.\n')
 })
 
+t.test('directories that cannot be the outbox, and one that is not there', async t => {
+  const run = async (directory: string, ...args: string[]) => {
+    const { exit, output } = startProcess(t, SERVER, args, { MIXPANEL_TOKEN: TOKEN, OUTBOX: `file:${directory}`, PORT: '0' })
+    return [await exit, output()]
+  }
+  t.match(await run('README.md'), [1, /^The relay cannot go on: README\.md cannot be the outbox: .+\.\n$/])
+  t.match(await run('/nowhere/outbox', 'outbox', 'list'), [1, 'There is no /nowhere/outbox.\n'])
+})
+
+t.test('SIGTERM while Mixpanel hangs for longer than we have: everybody is kept, told so, and exit 0', async t => {
+  const sandbox = await startSandbox(t)
+  const server = await startServer(t, sandbox.url, {
+    OUTBOX: `file:${temporary(t)}/outbox`, MIXPANEL_TIMEOUT_MS: '20000', DEADLINE_MS: '25000', SHUTDOWN_TIMEOUT_MS: '2000'
+  })
+  sandbox.faults.add({ name: 'hang', times: 1000 })
+  const callers = createCallers(() => server.url)
+  const waiting = Promise.all(Array.from({ length: 20 }, () => callers.call()))
+  await sleep(300)
+  t.equal(await server.kill('SIGTERM'), 0)
+  t.same(new Set(await waiting), new Set([202]))
+})
+
 t.test('what OUTBOX does not need is not loaded', async t => {
   const report = `data:text/javascript,${encodeURIComponent(`
     import module from 'node:module'

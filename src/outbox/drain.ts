@@ -5,7 +5,7 @@ import { claimOf } from '../event.ts'
 import type { Verdict } from '../verdict.ts'
 import type { Entry, Outbox, StoreLog } from './outbox.ts'
 import { backoffMs, createPace } from './pace.ts'
-import { choose, finalReason, isFailure, isTooOld, maxRound } from './round.ts'
+import { choose, finalReason, isFailure, isLimit, isTooOld, isUnasked, maxRound } from './round.ts'
 import { createSuspects } from './suspects.ts'
 
 type Log = StoreLog & Record<'debug', (what: object, message: string) => void>
@@ -54,7 +54,7 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
     if (state.isAbandoned) return
     // Before anything else is sent the outbox must know what has been.
     while (!await attempt(() => settle(outcomes)) && !pace.isStopped());
-    pass.after = last ?? pass.after
+    pass.after = last
     await adapt(outcomes)
   }
 
@@ -87,8 +87,8 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
   async function bury (letters: { entry: Entry, reason: string }[]): Promise<void> {
     if (letters.length === 0) return
     await outbox.bury(letters)
-    const ids = letters.map(({ entry }) => entry.event.properties.$insert_id)
-    log.warn({ identities: letters.length, insert_ids: ids.slice(0, 100) }, 'cannot be delivered: dead letters')
+    const insertIds = letters.slice(0, 100).map(({ entry }) => entry.event.properties.$insert_id)
+    log.warn({ identities: letters.length, insert_ids: insertIds }, 'cannot be delivered: dead letters')
   }
 
   /** Whom to leave aside, and how long to wait. */
@@ -108,7 +108,7 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
       if (isFailure(verdict)) suspects.failed(claim)
     }
     pass.isUseful ||= settled > 0
-    if (settled > 0 && !failed.some(({ code }) => code === 'mixpanel_rate_limited')) {
+    if (settled > 0 && !failed.some(isLimit)) {
       if (state.failures > 0) {
         log.info(outbox.counts(), 'the outbox is drained again')
         suspects.forgive()
@@ -121,15 +121,11 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
 
   async function wait (failed: Verdict[]): Promise<void> {
     pass = newPass()
-    const isOpen = delivery.isOpen()
     const retryAfterMs = Math.max(...failed.map(verdict => 'retryAfter' in verdict ? verdict.retryAfter * 1000 : 0))
-    if (failed.every(({ code }) => code === 'mixpanel_unavailable')) {
-      // Nobody asked; or somebody did, and all is well again.
-      return isOpen ? pace.outage(retryAfterMs) : undefined
-    }
+    if (failed.every(isUnasked)) return pace.outage(retryAfterMs)
     if (state.failures++ === 0) log.warn({ code: failed[0]?.code, ...outbox.counts() }, 'the outbox waits for Mixpanel')
     const ms = Math.max(backoffMs(state.failures), retryAfterMs)
-    await (isOpen ? pace.outage(ms) : pace.backoff(ms))
+    await (delivery.isOpen() ? pace.outage(ms) : pace.backoff(ms))
   }
 
   const running = run()

@@ -28,15 +28,14 @@ export async function * operate (outbox: Outbox, config: Config, order: string[]
   // Those that die meanwhile are not meant.
   let left = outbox.counts().dead
   for await (const page of pages(outbox.dead)) {
-    if (left <= 0) break
-    left -= page.length
-    // Others have to be served as well.
-    await setImmediate()
     const letters = page.filter(({ id }) => ids[0] === 'all' || ids.includes(id))
       .map(({ id, event }) => ({ id, ...isTooOld({ event }, config) && { endpoint: 'import' as const } }))
-    if (letters.length === 0) continue
     byImport += letters.filter(({ endpoint }) => endpoint === 'import').length
-    changed += action === 'replay' ? await outbox.replay(letters) : await outbox.drop(letters)
+    if (letters.length > 0) changed += await (action === 'replay' ? outbox.replay(letters) : outbox.drop(letters))
+    left -= page.length
+    if (left <= 0) break
+    // Others have to be served as well.
+    await setImmediate()
   }
   yield action === 'drop'
     ? `${changed} dropped.\n`

@@ -81,7 +81,11 @@ export function finalReason ({ endpoint }: Entry, verdict: Verdict): string | un
   return undefined
 }
 
-/** True where Mixpanel was asked and failed, and not because of its limit. */
-export function isFailure ({ code }: Verdict): boolean {
-  return code !== 'mixpanel_unavailable' && code !== 'mixpanel_rate_limited'
-}
+/** True where Mixpanel was not even asked. */
+export const isUnasked = ({ code }: Verdict) => code === 'mixpanel_unavailable'
+
+/** True where Mixpanel was asked, and takes no more for now. */
+export const isLimit = ({ code }: Verdict) => code === 'mixpanel_rate_limited'
+
+/** True where Mixpanel was asked, and failed. */
+export const isFailure = (verdict: Verdict) => !isUnasked(verdict) && !isLimit(verdict)
