@@ -41,8 +41,8 @@ export interface Dependencies {
  * (origins), if the relay closes (draining), if two servers could read it in two ways (framing) or if its caller comes
  * too often (limits). The body is parsed here and validated by routes/identify, which hands it to the relay. There it
  * becomes an event and joins a batch (batcher), which is sent and if need be repeated (delivery), with the token
- * (mixpanel); what came back is read (verdict), and each identity's verdict becomes its answer (problem). Where there is
- * an outbox, what Mixpanel cannot take now is put there (keeper) before its answer, and delivered later (outbox/drain).
+ * (mixpanel); what came back is read (verdict), and each identity's verdict becomes its answer (problem). Where there
+ * is an outbox, what Mixpanel cannot take now is put there before its answer (keeper), and delivered later (drain).
  *
  * Returns the app, not yet listening; `app.close()` lets requests in flight finish and then closes the relay.
  */

@@ -159,6 +159,7 @@ t.test('what Mixpanel answers decides the status', async t => {
     ['hang', 504, 'mixpanel_timed_out', 2],
     ['drip', 504, 'mixpanel_timed_out', 2],
     ['bad_request', 422, 'refused_by_mixpanel', 2],
+    ['huge_refusal', 422, 'refused_by_mixpanel', 2],
     ['refused', 422, 'refused_by_mixpanel', 2],
     ['mute_zero', 422, 'refused_by_mixpanel', 2]
   ]

@@ -162,6 +162,17 @@ t.test('dead letters: refused, too old, too large; operators list, replay and dr
   for (const order of [[], ['delete'], ['replay'], ['drop'], ['list', 'all'], ['drop', 'all', '17'], ['replay', '1', 'all']]) await t.rejects(lines(relay, ...order), { message: /^outbox.*[?.]$/ })
 })
 
+t.test('many dead letters', async t => {
+  const relay = await keeping(t)
+  relay.sandbox.faults.add({ name: 'refused', times: 10_000 })
+  const old = Array.from({ length: 1200 }, () => identifyEvent(identity(), Date.now() - 5 * DAY))
+  await Promise.all(old.map(event => relay.outbox.put(event)))
+  relay.relay.identify(old[0]!, { isAsync: true })
+  await emptied(relay)
+  t.same(await lines(relay, 'drop', 'all'), ['1201 dropped.'])
+  t.same(relay.outbox.counts(), { waiting: 0, dead: 0 })
+})
+
 t.test('a lone one that is too large dies; a replay whose credentials are rejected does not hold up the rest', async t => {
   const relay = await keeping(t)
   relay.sandbox.faults.add({ name: 'too_large', times: 2 })

@@ -1,5 +1,6 @@
 import { randomUUID } from 'node:crypto'
-import { mkdirSync, readdirSync, statSync, writeFileSync } from 'node:fs'
+import fs, { mkdirSync, readdirSync, statSync, writeFileSync } from 'node:fs'
+import { syncBuiltinESMExports } from 'node:module'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t, type Test } from 'tap'
@@ -152,6 +153,17 @@ t.test('SQLite: what cannot be written is not kept, and says so once a second', 
   t.equal(await outbox.put(unwritable), false)
   t.same(said, ['the outbox keeps nothing'])
   t.same(outbox.counts(), { waiting: 0, dead: 0 })
+  t.equal(await outbox.put(event()), true)
+  await outbox.close()
+})
+
+t.test('SQLite: a disk that is nearly full', async t => {
+  const outbox = openSqlite(t.testdir({}), 'a-project', silent)
+  const capture = t.capture(fs, 'statfsSync', () => ({ bavail: 100, blocks: 10_000, bsize: 4096 }))
+  syncBuiltinESMExports()
+  t.equal(await outbox.put(event()), false)
+  capture.restore()
+  syncBuiltinESMExports()
   t.equal(await outbox.put(event()), true)
   await outbox.close()
 })

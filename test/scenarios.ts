@@ -82,7 +82,7 @@ export async function everyFault (t: Test, { requests }: { requests: number }) {
   const env = { MIXPANEL_TOKEN: TOKEN, OUTBOX: `file:${temporary(t)}/outbox`, DEADLINE_MS: '1000', MIXPANEL_TIMEOUT_MS: '300' }
   const server = await startServer(t, sandbox.url, env)
   const callers = createCallers(() => server.url)
-  const refusing = ['refused', 'echo', 'long_echo', 'mute_zero', 'bad_request', 'names_one_takes_none', 'slow_zero']
+  const refusing = ['refused', 'echo', 'long_echo', 'mute_zero', 'bad_request', 'huge_refusal', 'names_one_takes_none', 'slow_zero']
   const names = [...refusing, ...[...Object.keys(FAULTS), ...LATE_FAULTS].filter(name => !refusing.includes(name))] as Fault['name'][]
   const told: Record<string, Record<string, number>> = {}
   for (const name of names) {

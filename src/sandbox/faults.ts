@@ -33,6 +33,7 @@ export const FAULTS = {
   html: answer(200, 'text/html', '<html><body>Welcome to the hotel WiFi</body></html>'),
   gzip: answer(200, 'text/plain', gzipSync('1'), { 'content-encoding': 'gzip' }),
   bad_request: answer(400, 'text/html', '<html><title>400 Bad Request</title></html>'),
+  huge_refusal: answer(400, 'text/html', Buffer.alloc(4_000_000, 'x')),
   names_one_takes_none: answer(400, 'application/json', JSON.stringify({
     code: 400, error: 'some failed', failed_records: [{ index: 0, message: 'bad' }], num_records_imported: 0
   })),
