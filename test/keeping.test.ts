@@ -169,7 +169,7 @@ t.test('many dead letters', async t => {
   await Promise.all(old.map(event => relay.outbox.put(event)))
   relay.relay.identify(old[0]!, { isAsync: true })
   await emptied(relay)
-  t.same(await lines(relay, 'drop', 'all'), ['1201 dropped.'])
+  t.same(await lines(relay, 'drop', '--all'), ['1201 dropped.'])
   t.same(relay.outbox.counts(), { waiting: 0, dead: 0 })
 })
 

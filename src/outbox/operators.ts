@@ -15,7 +15,8 @@ export class OrderError extends Error {}
  * `/import` where they are too old for `/track`, or are forgotten. Throws OrderError before it has done anything.
  */
 export async function * operate (outbox: Outbox, config: Config, order: string[]): AsyncGenerator<string> {
-  const [action = '', ...ids] = order
+  const [action = '', ...words] = order
+  const ids = words.map(word => word === '--all' ? 'all' : word)
   const takesIds = action === 'replay' || action === 'drop'
   if (!takesIds && action !== 'list' && action !== 'dead') throw new OrderError('outbox: list, dead, replay or drop?')
   if (takesIds && ids.length === 0) throw new OrderError(`outbox ${action} takes ids, or all.`)

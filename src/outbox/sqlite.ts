@@ -14,8 +14,7 @@ const SCHEMA = `
   CREATE TABLE IF NOT EXISTS dead (
     id INTEGER PRIMARY KEY, claim TEXT NOT NULL, event TEXT NOT NULL, reason TEXT NOT NULL, died INTEGER NOT NULL
   ) STRICT;
-  CREATE TABLE IF NOT EXISTS project (fingerprint TEXT NOT NULL) STRICT;
-  PRAGMA user_version = 1;`
+  CREATE TABLE IF NOT EXISTS project (fingerprint TEXT NOT NULL) STRICT;`
 
 /** More in one transaction would hold up the event loop. */
 const MAX_COMMIT = 1000
@@ -48,16 +47,18 @@ export function openSqlite (directory: string, project: string, log: StoreLog, m
   }
   const countOf = (table: string) => (db.prepare(`SELECT count(*) AS n FROM ${table}`).all() as [{ n: number }])[0].n
   const counts = { waiting: countOf('waiting'), dead: countOf('dead') }
-  const isForeign = (db.prepare('SELECT fingerprint FROM project').pluck().all() as string[])
-    .some(fingerprint => fingerprint !== project)
-  if (isForeign && counts.waiting + counts.dead > 0) {
+  const [owner] = db.prepare('SELECT fingerprint FROM project').pluck().all() as string[]
+  if (owner !== undefined && owner !== project && counts.waiting + counts.dead > 0) {
     close()
     throw new Error('it holds identities of another project')
   }
-  transact(() => {
-    db.exec('DELETE FROM project')
-    db.prepare('INSERT INTO project VALUES (?)').run(project)
-  })
+  // Only where it is new: on a full disk a relay must be able to start, to empty it.
+  if (owner !== project) {
+    transact(() => {
+      db.exec('DELETE FROM project')
+      db.prepare('INSERT INTO project VALUES (?)').run(project)
+    })
+  }
 
   const complain = seldom(log)
 

@@ -16,7 +16,8 @@ t.test('a full disk: 503, never a 202 that is not on disk, and it goes on when t
   }
   t.teardown(() => spawnSync('umount', ['-l', mount]))
   const sandbox = await startSandbox(t)
-  const server = await startServer(t, sandbox.url, { OUTBOX: `file:${mount}/outbox` })
+  const env = { OUTBOX: `file:${mount}/outbox` }
+  let server = await startServer(t, sandbox.url, env)
   const callers = createCallers(() => server.url, { async: 1 })
   const statuses = (from: number) => new Set(callers.calls.slice(from).map(({ status }) => status))
   sandbox.faults.add({ name: 'edge_down', times: 1_000_000 })
@@ -47,6 +48,11 @@ t.test('a full disk: 503, never a 202 that is not on disk, and it goes on when t
   from = callers.calls.length
   while (!statuses(from).has(503)) await sleep(100)
   t.pass('when also the free pages of its own file are used up, it keeps nothing')
+  await server.kill()
+  await callers.stop()
+  server = await startServer(t, sandbox.url, env)
+  t.pass('it starts on a full disk')
+  callers.start(64)
   rmSync(filler)
   await sleep(1000)
   from = callers.calls.length
