@@ -25,6 +25,9 @@ const relay = { args: ['../dist/server.js'], env: { RATE_LIMIT_MAX: '1000000000'
 const contestants = {
   'bare Fastify, no relay': { args: ['contestants/bare.js'], waits: true },
   'this relay': relay,
+  // Another checkout of it, built: BASELINE=/path/to/it npm run bench
+  ...process.env.BASELINE && { 'this relay, baseline': { ...relay, args: [join(process.env.BASELINE, 'dist/server.js')] } },
+  'this relay, OUTBOX=file': { ...relay, env: { ...relay.env, OUTBOX: `file:${mkdtempSync(join(tmpdir(), 'bench-outbox-'))}` } },
   'this relay, MAX_BATCH=1': { ...relay, env: { ...relay.env, MAX_BATCH: '1' } },
   'official SDK behind Fastify': { args: ['contestants/sdk.js'] },
   'Express + axios': { args: ['contestants/express.js'] },
@@ -131,7 +134,9 @@ async function saturate (pid, latency) {
 
 const median = list => list.sort((a, b) => a - b)[Math.floor(list.length / 2)]
 const medians = list => Object.fromEntries(Object.keys(list[0]).map(key => [key, median(list.map(one => one[key]))]))
-const names = Object.keys(contestants).filter(name => contestants[name] !== undefined)
+// ONLY='bare|relay' measures those, and compares nothing else.
+const only = new RegExp(process.env.ONLY ?? '')
+const names = Object.keys(contestants).filter(name => contestants[name] !== undefined && only.test(name))
 
 function table (results) {
   const bare = results['bare Fastify, no relay']
@@ -158,6 +163,8 @@ for (const latency of [0, 50]) {
   console.log(`\nupstream latency ${latency} ms, ${CALLERS[latency]} callers, medians of ${rounds} rounds of ${seconds} s\n`)
   console.log(table(tables[latency]))
 }
+
+if (process.env.ONLY !== undefined) process.exit()
 
 // Overload: an upstream that serves 8 requests of 50 ms at a time, arrays of at most 5: 800 identities a second.
 const small = { ...relay, env: { ...relay.env, MAX_BATCH: '5', MAX_IN_FLIGHT: '150' } }
