@@ -2,11 +2,9 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { createBreaker } from './breaker.ts'
 import type { Config } from './config.ts'
 import type { IdentifyEvent } from './event.ts'
+import type { Log } from './log.ts'
 import type { Mixpanel } from './mixpanel.ts'
 import { isTooLarge, TEMPORARY, type Verdict } from './verdict.ts'
-
-/** What is said about the work; `pino` fits. */
-export type Log = Record<'warn' | 'debug', (what: object, message: string) => void>
 
 /** An event on its way. `deadline` (ms since the epoch) is its caller's; for a batch the earliest counts. */
 export interface Item {

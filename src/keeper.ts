@@ -1,13 +1,11 @@
 import type { Config } from './config.ts'
 import type { Delivery, Item } from './delivery.ts'
 import { claimOf, type IdentifyEvent } from './event.ts'
+import type { Log } from './log.ts'
 import { createOrder } from './order.ts'
 import { createDrain } from './outbox/drain.ts'
 import type { Outbox } from './outbox/outbox.ts'
 import { isSurelyNotTaken, type Verdict } from './verdict.ts'
-
-/** What is said about the work; `pino` fits. */
-export type Log = Record<'info' | 'warn' | 'error' | 'debug', (what: object, message: string) => void>
 
 interface Dependencies {
   outbox: Outbox

@@ -1,9 +1,7 @@
 import type { Redis } from 'ioredis'
+import type { Log } from './log.ts'
 
 export type { Redis }
-
-/** What is said of Redis; `pino` fits. */
-type Log = Record<'info' | 'error', (what: object, message: string) => void>
 
 /** No request waits longer for Redis. */
 const COMMAND_TIMEOUT_MS = 200

@@ -12,7 +12,7 @@ import { openSqlite } from '../src/outbox/sqlite.ts'
 import { connectRedis } from '../src/redis.ts'
 import { identity, needsRedis, startRedis, temporary } from './helper.ts'
 
-const silent = { info () {}, warn () {}, error () {} }
+const silent = { debug () {}, info () {}, warn () {}, error () {} }
 
 const event = (anon: string = randomUUID(), identified = `user-${randomUUID()}`, now = Date.now()) =>
   identifyEvent({ identified_id: identified, anon_id: anon, properties: { plan: 'a"b\n', 7: [1, { x: null }] } }, now)

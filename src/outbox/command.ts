@@ -6,7 +6,7 @@ import { operate, OrderError } from './operators.ts'
 import { DirectoryInUse } from './outbox.ts'
 
 const nothing = () => {}
-const silent = { info: nothing, warn: nothing, error: nothing }
+const silent = { debug: nothing, info: nothing, warn: nothing, error: nothing }
 
 /**
  * `outbox list | dead | replay | drop` from the command line: see `operate`. A directory that a relay has open is left

@@ -2,13 +2,12 @@ import { setImmediate } from 'node:timers/promises'
 import type { Config } from '../config.ts'
 import type { Delivery } from '../delivery.ts'
 import { claimOf } from '../event.ts'
+import type { Log } from '../log.ts'
 import type { Verdict } from '../verdict.ts'
-import type { Entry, Outbox, StoreLog } from './outbox.ts'
+import type { Entry, Outbox } from './outbox.ts'
 import { backoffMs, createPace } from './pace.ts'
 import { choose, finalReason, isFailure, isLimit, isTooOld, isUnasked, maxRound } from './round.ts'
 import { createSuspects } from './suspects.ts'
-
-type Log = StoreLog & Record<'debug', (what: object, message: string) => void>
 
 interface Outcome { entry: Entry, verdict: Verdict }
 

@@ -1,13 +1,14 @@
 import type { Config } from '../config.ts'
+import type { Log } from '../log.ts'
 import { projectOf } from '../mixpanel.ts'
 import { connectRedis, type Redis } from '../redis.ts'
-import { DirectoryInUse, type Outbox, type StoreLog } from './outbox.ts'
+import { DirectoryInUse, type Outbox } from './outbox.ts'
 
 /** A relay that is silent for longer than it could need to deliver what it took is dead, or waits for Mixpanel. */
 const LEASE_AFTER_DEADLINE_MS = 5000
 
 /** The connection that REDIS_URL names, or none. Rejects when Redis cannot be reached now. */
-export async function openConnection ({ REDIS_URL: url }: Config, log: StoreLog): Promise<Redis | undefined> {
+export async function openConnection ({ REDIS_URL: url }: Config, log: Log): Promise<Redis | undefined> {
   return url === undefined ? undefined : connectRedis(url, log)
 }
 
@@ -18,7 +19,7 @@ export function directoryOf ({ OUTBOX: outbox }: Config): string | undefined {
 
 /** The outbox that the configuration names, or none. Only what it needs is loaded. Rejects when it cannot be used. */
 export async function openOutbox (
-  config: Config, redis: Redis | undefined, log: StoreLog
+  config: Config, redis: Redis | undefined, log: Log
 ): Promise<Outbox | undefined> {
   const directory = directoryOf(config)
   if (directory !== undefined) {

@@ -1,4 +1,5 @@
 import type { IdentifyEvent } from '../event.ts'
+import type { Log } from '../log.ts'
 
 /** An identity that waits: its event, without the token, exactly as it was accepted. */
 export interface Entry {
@@ -50,11 +51,8 @@ export const MAX_ENTRIES = 1_000_000
 /** In one `take`: the last entry may exceed it. */
 export const MAX_TAKE_BYTES = 1_000_000
 
-/** What is said of a store's troubles; `pino` fits. */
-export type StoreLog = Record<'info' | 'warn' | 'error', (what: object, message: string) => void>
-
 /** Complains of what happens to many at the same time, at most once a second. */
-export function seldom (log: StoreLog): StoreLog['error'] {
+export function seldom (log: Log): Log['error'] {
   let last = 0
   return (what, message) => {
     if (Date.now() - last < 1000) return

@@ -1,10 +1,9 @@
 import { randomUUID } from 'node:crypto'
 import { createBatcher } from '../batcher.ts'
 import { claimOf, type IdentifyEvent } from '../event.ts'
+import type { Log } from '../log.ts'
 import { connectPatient, lost, type Redis } from '../redis.ts'
-import {
-  MAX_ENTRIES, MAX_TAKE_BYTES, seldom, type DeadLetter, type Entry, type Outbox, type StoreLog
-} from './outbox.ts'
+import { MAX_ENTRIES, MAX_TAKE_BYTES, seldom, type DeadLetter, type Entry, type Outbox } from './outbox.ts'
 import { SCRIPTS } from './scripts.ts'
 
 /** In one script, which holds up everybody else at Redis. */
@@ -21,7 +20,7 @@ type Fields = [id: string, fields: string[]]
  * wait for, and stays its creator's to close. Rejects when Redis cannot be asked.
  */
 export async function openRedis (
-  fast: Redis, project: string, log: StoreLog, leaseMs: number, maxEntries = MAX_ENTRIES
+  fast: Redis, project: string, log: Log, leaseMs: number, maxEntries = MAX_ENTRIES
 ): Promise<Outbox> {
   // Braces: these live on one node, wherever there are several.
   const keys = ['waiting', 'dead', 'claims', 'lease'].map(name => `{identify-relay:${project}}:${name}`)
@@ -114,7 +113,7 @@ function asLetter ([id, fields]: Fields): DeadLetter {
 }
 
 /** What a 202 is worth here: said at start and whenever Redis comes back. */
-async function reportDurability (redis: Redis, log: StoreLog): Promise<void> {
+async function reportDurability (redis: Redis, log: Log): Promise<void> {
   const setting = async (name: string) => (await redis.config('GET', name).catch(() => []) as string[])[1] ?? 'unknown'
   const names = ['appendonly', 'appendfsync', 'maxmemory-policy']
   const [appendonly, appendfsync, policy] = await Promise.all(names.map(setting))

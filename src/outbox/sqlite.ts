@@ -1,9 +1,8 @@
 import { createBatcher } from '../batcher.ts'
 import { claimOf, type IdentifyEvent } from '../event.ts'
+import type { Log } from '../log.ts'
 import { openDirectory } from './directory.ts'
-import {
-  MAX_ENTRIES, MAX_TAKE_BYTES, seldom, type DeadLetter, type Entry, type Outbox, type StoreLog
-} from './outbox.ts'
+import { MAX_ENTRIES, MAX_TAKE_BYTES, seldom, type DeadLetter, type Entry, type Outbox } from './outbox.ts'
 
 /** `claim` is what `claimOf` makes of an event, `event` its JSON, `died` in ms since the epoch. */
 const SCHEMA = `
@@ -27,7 +26,7 @@ interface DeadRow { id: number, event: string, reason: string, died: number }
  * runs on the event loop; commits are shared by all who came in one turn of it. Throws DirectoryInUse, or what SQLite
  * and the file system say, when the directory cannot be used, and when another project's identities wait in it.
  */
-export function openSqlite (directory: string, project: string, log: StoreLog, maxEntries = MAX_ENTRIES): Outbox {
+export function openSqlite (directory: string, project: string, log: Log, maxEntries = MAX_ENTRIES): Outbox {
   const { db, isDiskLow, shrink, close } = openDirectory(directory)
   db.exec('PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;')
   db.exec(SCHEMA)
