@@ -1,6 +1,7 @@
 import { randomUUID } from 'node:crypto'
 import { rmSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
+import Database from 'libsql'
 import { t } from 'tap'
 import { createCallers } from './callers.ts'
 import { identity, leaks, needsRedis, startProcess, startRedis, startSandbox, temporary, TOKEN, type Env } from './helper.ts'
@@ -102,6 +103,30 @@ t.test('directories that cannot be the outbox, and one that is not there', async
   }
   t.match(await run('README.md'), [1, /^The relay cannot go on: README\.md cannot be the outbox: .+\.\n$/])
   t.match(await run('/nowhere/outbox', 'outbox', 'list'), [1, 'There is no /nowhere/outbox.\n'])
+})
+
+t.test('while another program has the file locked: 503 where nothing was sent, 504 where Mixpanel may have it', async t => {
+  const sandbox = await startSandbox(t)
+  const directory = `${temporary(t)}/outbox`
+  const server = await startServer(t, sandbox.url, { OUTBOX: `file:${directory}`, MIXPANEL_TIMEOUT_MS: '200', DEADLINE_MS: '400' })
+  const callers = createCallers(() => server.url)
+  const shell = new Database(`${directory}/outbox.db`)
+  shell.exec('BEGIN IMMEDIATE')
+  sandbox.faults.add(outage)
+  t.equal(await callers.call(), 503)
+  sandbox.faults.clear()
+  sandbox.faults.add({ name: 'hang', times: 10 })
+  t.equal(await callers.call(), 504)
+  sandbox.faults.clear()
+  t.equal(await callers.call(), 200, 'it is not in the way of those who need no outbox')
+  shell.exec('ROLLBACK')
+  shell.close()
+  sandbox.faults.add(outage)
+  t.equal(await callers.call(), 202)
+  sandbox.faults.clear()
+  await server.drained()
+  t.same(brokenPromises(callers.calls, sandbox.ledger.rows(), { repeats: 1 }), [])
+  t.equal(await server.kill('SIGTERM'), 0)
 })
 
 t.test('SIGTERM while Mixpanel hangs for longer than we have: everybody is kept, told so, and exit 0', async t => {

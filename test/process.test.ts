@@ -140,6 +140,8 @@ t.test('the sandbox alone', async t => {
   const { child, exit, until } = startProcess(t, 'dist/sandbox/server.js', [], { PORT: '0' })
   const [, url] = await until(/listens on (http:\S+);/)
   t.equal(await (await fetch(`${url}/track`, { method: 'POST', body: 'x' })).text(), '0')
+  const strict = await fetch(`${url}/track?strict=1`, { method: 'POST', body: new URLSearchParams({ data: '[{"event":"$identify","properties":{}}]' }) })
+  t.match(await strict.json(), { failed_records: [{ index: 0, field: 'properties.time' }] })
   child.kill('SIGTERM')
   t.equal(await exit, 0)
 })
