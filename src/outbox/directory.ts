@@ -1,4 +1,4 @@
-import { closeSync, existsSync, mkdirSync, openSync, statfsSync } from 'node:fs'
+import { closeSync, existsSync, mkdirSync, openSync, statfsSync, statSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import Database from 'libsql'
 import { DirectoryInUse } from './outbox.ts'
@@ -16,8 +16,15 @@ const KEPT_BYTES = 4 * 1024 * 1024
 export function openDirectory (directory: string) {
   if (!existsSync(directory)) mkdirSync(directory, { recursive: true, mode: 0o700 })
   const unlock = lock(join(directory, 'lock'))
-  const db = open(join(directory, 'outbox.db'))
+  const file = join(directory, 'outbox.db')
+  const db = open(file)
   const pragma = (name: string) => db.prepare(`PRAGMA ${name}`).pluck().all()[0] as number
+  /** For what needs room itself, which a full disk has not: then things stay as they are, and nothing is lost. */
+  const tidy = (sql: string) => {
+    try {
+      db.exec(sql)
+    } catch {}
+  }
   /** In the file, but free. */
   const unusedBytes = () => pragma('freelist_count') * pragma('page_size')
 
@@ -27,15 +34,18 @@ export function openDirectory (directory: string) {
     /** True where the disk has no room for more than what empties the outbox has to write. */
     isDiskLow (): boolean {
       const { bavail, blocks, bsize } = statfsSync(directory)
-      return bavail * bsize + unusedBytes() < Math.min(RESERVED_BYTES, blocks * bsize / 10)
+      // What is only in the WAL as yet: the next checkpoint adds it to the file, and the WAL stays as it is.
+      const owedBytes = pragma('page_count') * pragma('page_size') - statSync(file).size
+      return bavail * bsize + unusedBytes() - owedBytes < Math.min(RESERVED_BYTES, blocks * bsize / 10)
     },
 
-    /** Gives the disk back what an outage took of it. Fast where the tables are nearly empty; throws on a full disk. */
+    /** Gives the disk back what an outage took of it, if it can. Fast where the tables are nearly empty. */
     shrink (): void {
-      if (unusedBytes() > KEPT_BYTES) db.exec('VACUUM; PRAGMA wal_checkpoint(TRUNCATE);')
+      if (unusedBytes() > KEPT_BYTES) tidy('VACUUM; PRAGMA wal_checkpoint(TRUNCATE);')
     },
 
     close (): void {
+      tidy('PRAGMA wal_checkpoint(TRUNCATE)')
       db.close()
       unlock()
     }

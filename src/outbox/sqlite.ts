@@ -139,7 +139,6 @@ export function openSqlite (directory: string, project: string, log: Log, maxEnt
     },
     async close () {
       await puts.idle()
-      db.exec('PRAGMA wal_checkpoint(TRUNCATE)')
       close()
     }
   }
