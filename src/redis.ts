@@ -4,19 +4,22 @@ import type { Log } from './log.ts'
 export type { Redis }
 
 /** No request waits longer for Redis. */
-const COMMAND_TIMEOUT_MS = 200
+export const SOON_MS = 200
+
+/** For what ioredis asks by itself when it connects. */
+const GREETING_MS = 1000
 
 /**
- * A connection to Redis that answers soon or fails soon: a command takes at most 200 ms, and while the connection is
- * lost it fails at once. ioredis comes back by itself; nothing is ever sent twice. Loads ioredis; rejects with a cause
- * that holds no secret when Redis cannot be reached now.
+ * A connection to Redis for commands that come `inTime`; while it is lost they fail at once. ioredis comes back by
+ * itself; nothing is ever sent twice. Loads ioredis; rejects with a cause that holds no secret when Redis cannot be
+ * reached now.
  */
 export async function connectRedis (url: string, log: Log): Promise<Redis> {
   const { Redis } = await import('ioredis')
   const redis = new Redis(url, {
     lazyConnect: true,
     connectTimeout: 500,
-    commandTimeout: COMMAND_TIMEOUT_MS,
+    commandTimeout: GREETING_MS,
     enableOfflineQueue: false,
     maxRetriesPerRequest: 0,
     autoResendUnfulfilledCommands: false,
@@ -44,16 +47,29 @@ export async function connectRedis (url: string, log: Log): Promise<Redis> {
 }
 
 /**
- * To be told of every failed command. A Redis that does not answer is left, and until it answers again its commands
- * fail at once: only the first callers have waited for it.
+ * What `command`, sent by `redis`, resolves with, if that comes within `ms`; else a rejection, and the connection,
+ * which may be dead without a word, is left for a new one: only the first callers wait. After a stall of this process
+ * timers are due before sockets are read; what has arrived by then has come in time.
  */
-export function lost (redis: Redis, error: Error): void {
-  if (error.message === 'Command timed out' && redis.status === 'ready') redis.disconnect(true)
+export function inTime<Result> (redis: Redis, ms: number, command: Promise<Result>): Promise<Result> {
+  let timer: NodeJS.Timeout | undefined
+  let afterReading: NodeJS.Immediate | undefined
+  const lateness = new Promise<never>((_resolve, reject) => {
+    const giveUp = () => {
+      redis.stream.destroy()
+      reject(new Error('Redis did not answer in time'))
+    }
+    timer = setTimeout(() => { afterReading = setImmediate(giveUp) }, ms)
+  })
+  return Promise.race([command, lateness]).finally(() => {
+    clearTimeout(timer)
+    clearImmediate(afterReading)
+  })
 }
 
-/** A second connection to the same Redis, whose commands may take `ms`. Its creator must disconnect it. */
+/** A second connection to the same Redis, for commands that may take `ms`. Its creator must disconnect it. */
 export async function connectPatient (redis: Redis, ms: number): Promise<Redis> {
-  const patient = redis.duplicate({ commandTimeout: ms })
+  const patient = redis.duplicate({ commandTimeout: 2 * ms })
   // The first connection says that Redis is lost.
   patient.on('error', () => {})
   await patient.connect()

@@ -2,7 +2,7 @@ import { randomUUID } from 'node:crypto'
 import { createBatcher } from '../batcher.ts'
 import { claimOf, type IdentifyEvent } from '../event.ts'
 import type { Log } from '../log.ts'
-import { connectPatient, lost, type Redis } from '../redis.ts'
+import { connectPatient, inTime, SOON_MS, type Redis } from '../redis.ts'
 import { MAX_ENTRIES, MAX_TAKE_BYTES, seldom, type DeadLetter, type Entry, type Outbox } from './outbox.ts'
 import { SCRIPTS } from './scripts.ts'
 
@@ -36,7 +36,8 @@ export async function openRedis (
     redis: Redis, name: keyof typeof SCRIPTS, ...args: (string | number)[]
   ): Promise<Result> {
     const script = (redis as unknown as Record<string, Script>)[name] as Script
-    const [waiting, dead, result] = await script.call(redis, ...keys, ...args)
+    const ms = redis === fast ? SOON_MS : PATIENCE_MS
+    const [waiting, dead, result] = await inTime(redis, ms, script.call(redis, ...keys, ...args))
     counts = { waiting, dead }
     return result as Result
   }
@@ -50,41 +51,47 @@ export async function openRedis (
   patient.on('ready', () => greet().catch(() => {}))
   const complain = seldom(log)
 
-  /** Resolves with undefined for each where Redis does not answer. */
-  async function orUnknown (work: () => Promise<boolean[]>, count: number): Promise<(boolean | undefined)[]> {
+  /** What `work` resolves with for each, or `undefined` where Redis does not say. */
+  async function orUnknown (count: number, work: () => Promise<boolean[]>): Promise<(boolean | undefined)[]> {
     try {
       return await work()
     } catch (error) {
-      lost(fast, error as Error)
       complain({ cause: (error as Error).message }, 'the outbox cannot be used')
       return Array.from({ length: count }, () => undefined)
     }
   }
+
+  /** Whether all of them are kept. */
+  async function keep (events: IdentifyEvent[]): Promise<boolean> {
+    const entries = events.flatMap(event => [claimOf(event), JSON.stringify(event)])
+    const refusal = await run(fast, 'PUT', maxEntries, ...entries)
+      .then(isKept => isKept === 1 ? undefined : `it holds ${maxEntries} entries`, unlessRefused)
+    if (refusal !== undefined) complain({ cause: refusal }, 'the outbox keeps nothing')
+    return refusal === undefined
+  }
+
   const puts = createBatcher<IdentifyEvent, boolean | undefined>({
     maxBatch: MAX_PUT,
-    send: events => orUnknown(async () => {
-      const entries = events.flatMap(event => [claimOf(event), JSON.stringify(event)])
-      const isKept = await run(fast, 'PUT', maxEntries, ...entries) === 1
-      if (!isKept) complain({ cause: `it holds ${maxEntries} entries` }, 'the outbox keeps nothing')
+    send: events => orUnknown(events.length, async () => {
+      const isKept = await keep(events)
       return events.map(() => isKept)
-    }, events.length)
+    })
   })
   const holds = createBatcher<string, boolean | undefined>({
     maxBatch: MAX_PUT,
-    send: claims => orUnknown(async () => (await fast.hmget(CLAIMS, ...claims)).map(Boolean), claims.length)
+    send: claims => orUnknown(claims.length, async () =>
+      (await inTime(fast, SOON_MS, fast.hmget(CLAIMS, ...claims))).map(Boolean))
   })
 
   const range = async (key: string, count: number, after?: string) =>
-    patient.xrange(key, after === undefined ? '-' : `(${after}`, '+', 'COUNT', count) as Promise<Fields[]>
+    inTime(patient, PATIENCE_MS, patient.xrange(key, from(after), '+', 'COUNT', count)) as Promise<Fields[]>
 
   return {
     // Neither batcher has a bound that it could refuse for.
     put: event => puts.add(event) as Promise<boolean | undefined>,
     holds: claim => holds.add(claim) as Promise<boolean | undefined>,
-    async take (count, after) {
-      const start = after === undefined ? '-' : `(${after}`
-      return (await run<Fields[]>(patient, 'TAKE', me, leaseMs, start, count, MAX_TAKE_BYTES)).map(asEntry)
-    },
+    take: async (count, after) =>
+      (await run<Fields[]>(patient, 'TAKE', me, leaseMs, from(after), count, MAX_TAKE_BYTES)).map(asEntry),
     done: entries => run(patient, 'DONE', ...entries.flatMap(({ id, event }) => [id, claimOf(event)])),
     bury: letters => run(patient, 'BURY', Date.now(), ...letters.flatMap(({ entry: { id, event }, reason }) =>
       [id, claimOf(event), JSON.stringify(event), reason])),
@@ -101,6 +108,15 @@ export async function openRedis (
     }
   }
 }
+
+/** Redis's own words for what it has not begun; other errors are thrown. */
+function unlessRefused (error: Error): string {
+  if (/\b(OOM|READONLY|MISCONF|NOREPLICAS) /.test(error.message)) return error.message
+  throw error
+}
+
+/** The first id of a range of a stream. */
+const from = (after: string | undefined) => after === undefined ? '-' : `(${after}`
 
 function asEntry ([id, fields]: Fields): Entry {
   const [, , , event, , endpoint] = fields as [string, string, string, string, string?, string?]

@@ -36,6 +36,8 @@ const PUT = script(`
 const TAKE = script(`
   local owner = redis.call('GET', lease)
   if owner and owner ~= ARGV[1] then return {} end
+  -- Redis without memory refuses a script that begins with SET; and only who takes can give memory back.
+  redis.call('DEL', lease)
   redis.call('SET', lease, ARGV[1], 'PX', ARGV[2])
   local entries, bytes, start = {}, 0, ARGV[3]
   while #entries < tonumber(ARGV[4]) and bytes < tonumber(ARGV[5]) do
