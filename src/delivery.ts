@@ -4,9 +4,12 @@ import type { Config } from './config.ts'
 import type { IdentifyEvent } from './event.ts'
 import type { Log } from './log.ts'
 import type { Mixpanel } from './mixpanel.ts'
-import { isTooLarge, TEMPORARY, type Verdict } from './verdict.ts'
+import { isOutage, isTooLarge, TEMPORARY, type Verdict } from './verdict.ts'
 
-/** An event on its way. `deadline` (ms since the epoch) is its caller's; for a batch the earliest counts. */
+/**
+ * An event on its way. `deadline` (by performance.now(), whatever the clock does) is its caller's; for a batch the
+ * earliest counts.
+ */
 export interface Item {
   event: IdentifyEvent
   isStrict: boolean
@@ -25,7 +28,7 @@ const RETRY_MINIMUM = 3
 /** How a refused array is divided: by eight it takes 3 rounds from 50 to 1, where halves take 7. */
 const PARTS = 8
 
-export const NEVER_SENT: Verdict = { code: 'mixpanel_timed_out', cause: 'never sent', again: false }
+export const NEVER_SENT: Verdict = { code: 'mixpanel_timed_out', cause: 'never sent', again: false, isUntaken: true }
 
 export type Delivery = ReturnType<typeof createDelivery>
 
@@ -46,8 +49,9 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
       return [isMute && !isSearch && endpointOf(items) === 'track' ? await explain(items, verdict) : verdict]
     }
     const { records, imported } = verdict.code === 'refused_by_mixpanel' ? verdict : {}
-    // Only if Mixpanel says that it took the others.
-    if (records !== undefined && imported === items.length - records.size) {
+    // Only if Mixpanel says that it took the others, and speaks of these.
+    const named = items.filter((_, index) => records?.has(index)).length
+    if (records !== undefined && named === records.size && imported === items.length - named) {
       return items.map((_, index) => records.has(index)
         ? { code: 'refused_by_mixpanel', reason: records.get(index) }
         : { code: 'accepted' })
@@ -79,12 +83,12 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
   async function sendInPlace (items: Item[], isVerbose: boolean): Promise<Verdict> {
     const [{ isStrict }] = items as [Item]
     const deadline = Math.min(...items.map(item => item.deadline))
-    if (Date.now() >= deadline) return NEVER_SENT
+    if (performance.now() >= deadline) return NEVER_SENT
     if (!breaker.admits()) return { code: 'mixpanel_unavailable', retryAfter: breaker.retryAfter() }
     const request = mixpanel.encode(items.map(({ event }) => event), {
       endpoint: endpointOf(items), strict: isStrict, verbose: isVerbose
     })
-    const time = () => Math.min(config.MIXPANEL_TIMEOUT_MS, deadline - Date.now())
+    const time = () => Math.min(config.MIXPANEL_TIMEOUT_MS, deadline - performance.now())
     const attempt = () => mixpanel.send(request, time())
     // Late, because the caller's time was nearly up before: that says nothing of Mixpanel.
     const isShort = time() < Math.min(config.MIXPANEL_TIMEOUT_MS, config.DEADLINE_MS) / 2
@@ -92,7 +96,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     breaker.record(!isOutage(verdict) || (isShort && verdict.code === 'mixpanel_timed_out'))
     // Jitter, so that those who failed together do not come back together.
     const pause = 50 + Math.random() * 250
-    if (isOutage(verdict) && mayRetry() && Date.now() + pause < deadline) {
+    if (isOutage(verdict) && mayRetry() && performance.now() + pause < deadline) {
       log.warn({ code: verdict.code, cause: verdict.cause, identities: items.length }, 'sending once more')
       retries++
       await sleep(pause)
@@ -129,9 +133,4 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
       last_verdict: lastVerdict === undefined ? null : { ...lastVerdict, at: new Date(lastVerdict.at).toISOString() }
     })
   }
-}
-
-/** Mixpanel, or the way to it, failed: worth a repeat, and a reason to stop asking when it goes on. */
-function isOutage (verdict: Verdict): verdict is Extract<Verdict, { again: boolean }> {
-  return 'again' in verdict && verdict.again
 }

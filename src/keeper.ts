@@ -1,11 +1,11 @@
 import type { Config } from './config.ts'
-import type { Delivery, Item } from './delivery.ts'
+import { NEVER_SENT, type Delivery, type Item } from './delivery.ts'
 import { claimOf, type IdentifyEvent } from './event.ts'
 import type { Log } from './log.ts'
 import { createOrder } from './order.ts'
 import { createDrain } from './outbox/drain.ts'
 import type { Outbox } from './outbox/outbox.ts'
-import { isSurelyNotTaken, type Verdict } from './verdict.ts'
+import { isForLater, isUntaken, type Verdict } from './verdict.ts'
 
 interface Dependencies {
   outbox: Outbox
@@ -16,8 +16,8 @@ interface Dependencies {
 }
 
 const overloaded = (reason: string): Verdict => ({ code: 'overloaded', retryAfter: 1, reason })
-const NOT_KEPT = overloaded('The outbox is full: nothing was sent or kept.')
-const OUT_OF_REACH = overloaded('The outbox is out of reach: nothing was sent or kept.')
+const NOT_KEPT = overloaded('The outbox is full, or cannot write: it was not kept.')
+const OUT_OF_REACH = overloaded('The outbox is out of reach: it was neither sent nor kept.')
 const PERHAPS_KEPT = overloaded('The outbox did not answer in time, and may have kept it: a repeat is safe.')
 
 /**
@@ -32,6 +32,7 @@ export function createKeeper (config: Config, { outbox, delivery, send, log }: D
 
   /** What ends the wait of those who are being sent. */
   const underWay = new Set<() => void>()
+  let isHurried = false
 
   async function keep (event: IdentifyEvent, cause: string): Promise<Verdict> {
     const isKept = await outbox.put(event)
@@ -43,6 +44,7 @@ export function createKeeper (config: Config, { outbox, delivery, send, log }: D
   function sendUnlessHurried (item: Item): Promise<Verdict> {
     return new Promise((resolve, reject) => {
       const giveUp = () => resolve({ code: 'mixpanel_timed_out', cause: 'the relay ends', again: true })
+      if (isHurried) return resolve(NEVER_SENT)
       underWay.add(giveUp)
       send(item).then(resolve, reject).finally(() => underWay.delete(giveUp))
     })
@@ -54,13 +56,13 @@ export function createKeeper (config: Config, { outbox, delivery, send, log }: D
     if (holds === undefined) return OUT_OF_REACH
     if (holds) return keep(event, 'an earlier claim waits')
     // Who has waited that long for an earlier claim has no time left for Mixpanel.
-    if (Date.now() > deadline - config.DEADLINE_MS / 2) return keep(event, 'late')
+    if (performance.now() > deadline - config.DEADLINE_MS / 2) return keep(event, 'late')
     const verdict = await sendUnlessHurried(item)
     if (verdict.code === 'accepted') drain.recovered()
     if (!isForLater(verdict)) return verdict
     const kept = await keep(event, verdict.code)
     // Nobody may be told that nothing was sent when Mixpanel may have it.
-    return kept.code === 'queued' || isSurelyNotTaken(verdict) ? kept : verdict
+    return kept.code === 'queued' || isUntaken(verdict) ? kept : verdict
   }
 
   return {
@@ -70,8 +72,9 @@ export function createKeeper (config: Config, { outbox, delivery, send, log }: D
       return order.run(claimOf(item.event), () => isAsync ? keep(item.event, 'respond-async') : sendOrKeep(item))
     },
 
-    /** Whoever is being sent is kept instead. */
+    /** From now on nobody waits for Mixpanel: whoever does, or would, is kept instead. */
     hurry (): void {
+      isHurried = true
       for (const giveUp of underWay) giveUp()
     },
 
@@ -85,10 +88,4 @@ export function createKeeper (config: Config, { outbox, delivery, send, log }: D
       await outbox.close()
     }
   }
-}
-
-/** True where Mixpanel may take it another time: it was out of reach, late, busy, or what answered was not Mixpanel. */
-function isForLater (verdict: Verdict): boolean {
-  return verdict.code === 'mixpanel_timed_out' || verdict.code === 'mixpanel_rate_limited' ||
-    verdict.code === 'mixpanel_unavailable' || ('again' in verdict && verdict.again)
 }

@@ -24,14 +24,16 @@ export function baseUrl (config: Pick<Config, 'MIXPANEL_URL' | 'MIXPANEL_REGION'
 }
 
 /** Tells projects apart where the token must not be: in the outbox, whose identities belong to one project for good. */
-export function projectOf ({ MIXPANEL_TOKEN: token }: Pick<Config, 'MIXPANEL_TOKEN'>): string {
-  return hash('sha256', `identify-relay:${token}`).slice(0, 12)
+export function projectOf ({ MIXPANEL_TOKEN: token, MIXPANEL_PROJECT_ID: id = '' }: Config): string {
+  return hash('sha256', `identify-relay:${token}:${id}`).slice(0, 12)
 }
+
+const base64 = (text: string) => Buffer.from(text).toString('base64')
 
 /** The only place that knows the token and Mixpanel's dialect. Whoever creates it must `close` it. */
 export function createMixpanel (config: Config) {
   const { MIXPANEL_TOKEN: token, MIXPANEL_SERVICE_ACCOUNT: account, MIXPANEL_PROJECT_ID: project } = config
-  const basic = `Basic ${Buffer.from(account ?? `${token}:`).toString('base64')}`
+  const basic = `Basic ${base64(account ?? `${token}:`)}`
   const { origin, pathname } = new URL(baseUrl(config))
   const path = pathname === '/' ? '' : pathname
   const pool = new Pool(origin, {
@@ -55,9 +57,11 @@ export function createMixpanel (config: Config) {
 
   const closing = `,"token":${JSON.stringify(token)}}}`
 
-  const secrets = [token, basic.slice('Basic '.length), ...account?.split(':').slice(1) ?? []]
-  /** Mixpanel's words may quote what it was sent; what is cut off later must not leave half a secret. */
-  const masked = (text: string) => secrets.reduce((masked, secret) => masked.replaceAll(secret, '***'), text)
+  /** Mixpanel's words may quote what it was sent, in any of the forms in which that travels. */
+  const secrets = [token, account, account?.replace(/^[^:]*:/, '')].flatMap(secret => secret === undefined
+    ? []
+    : [secret, encodeURIComponent(secret), base64(secret), base64(`${secret}:`)])
+  const mask = (words: string) => secrets.reduce((masked, secret) => masked.replaceAll(secret, '***'), words)
 
   return {
     /** The event as it would be sent, with the token masked. */
@@ -119,7 +123,7 @@ export function createMixpanel (config: Config) {
         },
         onResponseEnd () {
           clearTimeout(timer)
-          resolve(interpretBody(status, masked(Buffer.concat(chunks).toString())))
+          resolve(interpretBody(status, Buffer.concat(chunks).toString(), mask))
         },
         onResponseError (_, error) {
           clearTimeout(timer)

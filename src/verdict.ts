@@ -3,6 +3,7 @@
  * code, never a secret); `again` says that the same bytes sent once more may help right away; `retryAfter` is in
  * seconds; `records` has, where Mixpanel named them, the refused ones' reasons by index, and `imported` how many others
  * it says it took. `queued`: it is in the outbox, on disk, and `cause` says why.
+ * `isUntaken`: Mixpanel surely has nothing of it; without that the outcome is unknown.
  */
 export type Verdict =
   | { code: 'accepted' }
@@ -13,7 +14,12 @@ export type Verdict =
     records?: Map<number, string> | undefined
     imported?: unknown
   }
-  | { code: 'mixpanel_unreachable' | 'mixpanel_misanswered' | 'mixpanel_timed_out', cause: string, again: boolean }
+  | {
+    code: 'mixpanel_unreachable' | 'mixpanel_misanswered' | 'mixpanel_timed_out'
+    cause: string
+    again: boolean
+    isUntaken?: boolean
+  }
   | { code: 'mixpanel_rejected_credentials', cause: string }
   | { code: 'mixpanel_rate_limited', cause: string, retryAfter: number }
   | { code: 'mixpanel_unavailable', retryAfter: number }
@@ -32,10 +38,20 @@ export function interpretStatus (status: number, retryAfter?: string | string[])
   return { code: 'mixpanel_misanswered', cause, again: false }
 }
 
-/** True where nothing can have reached Mixpanel, or it said that it did not take it; else the outcome is unknown. */
-export function isSurelyNotTaken (verdict: Verdict): boolean {
-  return !('cause' in verdict) ||
-    /^(status \d|never sent|temporary failure|ECONNREFUSED|ENOTFOUND|EAI_AGAIN|UND_ERR_CONNECT_TIMEOUT)/.test(verdict.cause)
+/** True where Mixpanel may take it another time: it was out of reach, late, busy, or what answered was not Mixpanel. */
+export function isForLater (verdict: Verdict): boolean {
+  return verdict.code === 'mixpanel_timed_out' || verdict.code === 'mixpanel_rate_limited' ||
+    verdict.code === 'mixpanel_unavailable' || isOutage(verdict)
+}
+
+/** Mixpanel, or the way to it, failed: worth a repeat, and a reason to stop asking when it goes on. */
+export function isOutage (verdict: Verdict): verdict is Extract<Verdict, { again: boolean }> {
+  return 'again' in verdict && verdict.again
+}
+
+/** True where Mixpanel surely has nothing of it. A gateway's 5xx does not say that. */
+export function isUntaken (verdict: Verdict): boolean {
+  return 'again' in verdict ? verdict.isUntaken === true : verdict.code !== 'accepted'
 }
 
 /** Mixpanel, or something before it, found the request too large; a part of it may be taken. */
@@ -46,19 +62,22 @@ export function isTooLarge (verdict: Verdict): boolean {
 /** The cause of a verdict that Mixpanel itself gave, in so many words, and not the way to it. */
 export const TEMPORARY = 'temporary failure'
 
-/** Reads `1`, `0`, `{ error, status }` and the strict form `{ code, failed_records }`; anything else is no answer. */
-export function interpretBody (status: number, text: string): Verdict {
+/**
+ * Reads `1`, `0`, `{ error, status }` and the strict form `{ code, failed_records }`; anything else is no answer.
+ * `mask` takes out of Mixpanel's words what nobody may see.
+ */
+export function interpretBody (status: number, text: string, mask: Mask = words => words): Verdict {
   const answer = parse(text)
   const { status: word, code, ...words } = Object(answer) as Record<string, unknown>
   const records = Array.isArray(words.failed_records) ? words.failed_records : []
-  const reason = reasonOf(records, words.error)
+  const reason = reasonOf(records, words.error, mask)
   // Seen live: a `0` that is Mixpanel's own passing fault, which only its words tell from a refusal.
   if (reason !== undefined && /temporary failure/i.test(reason)) {
-    return { code: 'mixpanel_unreachable', cause: TEMPORARY, again: true }
+    return { code: 'mixpanel_unreachable', cause: TEMPORARY, again: true, isUntaken: true }
   }
   const refused = status === 400 || reason !== undefined || answer === 0 || word === 0
   const imported = words.num_records_imported
-  if (refused) return { code: 'refused_by_mixpanel', reason, records: reasonsByIndex(records), imported }
+  if (refused) return { code: 'refused_by_mixpanel', reason, records: reasonsByIndex(records, mask), imported }
   if (answer === 1 || word === 1 || (code === 200 && imported !== 0)) return { code: 'accepted' }
   return { code: 'mixpanel_misanswered', cause: 'neither 1 nor 0', again: true }
 }
@@ -68,8 +87,16 @@ export function interpretError ({ name, code = name }: NodeJS.ErrnoException): V
   if (/TIMEOUT|ETIMEDOUT/.test(code)) return { code: 'mixpanel_timed_out', cause: code, again: true }
   // Bytes that are not HTTP, too many headers, too large a body: somebody else answers there.
   const foreign = /^(HPE_|HTTPParserError|UND_ERR_HEADERS_OVERFLOW|UND_ERR_RES_EXCEEDED_MAX_SIZE)/.test(code)
-  return { code: foreign ? 'mixpanel_misanswered' : 'mixpanel_unreachable', cause: code, again: true }
+  return {
+    code: foreign ? 'mixpanel_misanswered' : 'mixpanel_unreachable',
+    cause: code,
+    again: true,
+    // There was no connection yet.
+    isUntaken: /^(ECONNREFUSED|ENOTFOUND|EAI_AGAIN|UND_ERR_CONNECT_TIMEOUT)$/.test(code)
+  }
 }
+
+type Mask = (words: string) => string
 
 function parse (text: string): unknown {
   try {
@@ -80,21 +107,22 @@ function parse (text: string): unknown {
 }
 
 /** Mixpanel's words, fit to be shown: on one line, at most 500 characters. */
-function reasonOf (records: unknown[], error: unknown): string | undefined {
+function reasonOf (records: unknown[], error: unknown, mask: Mask): string | undefined {
   // In Simplified projects the records have been seen as strings.
   const messages = records.map(record => typeof record === 'string' ? record : Object(record).message)
   const words = messages.length > 0 ? messages.join('; ') : error
   if (typeof words !== 'string' || words === '') return undefined
-  return words.replace(/\p{Cc}+/gu, ' ').slice(0, 500)
+  // Masked before it is cut: half a secret would be none to the mask.
+  return mask(words).replace(/\p{Cc}+/gu, ' ').slice(0, 500)
 }
 
 /** The reasons by the records' index; undefined where Mixpanel did not say which records it means. */
-function reasonsByIndex (records: unknown[]): Map<number, string> | undefined {
+function reasonsByIndex (records: unknown[], mask: Mask): Map<number, string> | undefined {
   const reasons = new Map<number, string>()
   for (const record of records) {
     const { index } = Object(record)
     if (!Number.isInteger(index)) return undefined
-    const reason = reasonOf([record], undefined)
+    const reason = reasonOf([record], undefined, mask)
     reasons.set(index, reasons.has(index) ? `${reasons.get(index)}; ${reason}` : String(reason))
   }
   return records.length > 0 ? reasons : undefined
