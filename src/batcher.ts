@@ -16,7 +16,7 @@ export interface BatcherOptions<Item, Result> {
 
 interface Entry<Item, Result> {
   item: Item
-  /** In ms since the epoch. */
+  /** By performance.now(). */
   since: number
   resolve: (result: Result) => void
   reject: (error: unknown) => void
@@ -75,12 +75,12 @@ export function createBatcher<Item, Result> ({
   function watch (): void {
     const [first] = queue
     if (first === undefined || late === undefined) return
-    expiry ??= setTimeout(() => expire(late), first.since + late.afterMs - Date.now())
+    expiry ??= setTimeout(() => expire(late), first.since + late.afterMs - performance.now())
   }
 
   function expire ({ afterMs, result }: { afterMs: number, result: Result }): void {
     expiry = undefined
-    while (queue[0] !== undefined && queue[0].since + afterMs <= Date.now()) {
+    while (queue[0] !== undefined && queue[0].since + afterMs <= performance.now()) {
       items--
       queue.shift()?.resolve(result)
     }
@@ -93,7 +93,7 @@ export function createBatcher<Item, Result> ({
       if (items >= maxItems) return undefined
       items++
       return new Promise((resolve, reject) => {
-        queue.push({ item, since: Date.now(), resolve, reject })
+        queue.push({ item, since: performance.now(), resolve, reject })
         if (isScheduled) return
         isScheduled = mayLeave()
         if (isScheduled) setImmediate(dispatch)

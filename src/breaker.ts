@@ -19,7 +19,7 @@ export function createBreaker () {
     /** True if one may ask now; whoever is admitted must `record` the outcome. */
     admits (): boolean {
       if (failures < FAILURES) return true
-      if (isProbing || Date.now() < probeAt) return false
+      if (isProbing || performance.now() < probeAt) return false
       isProbing = true
       return true
     },
@@ -37,11 +37,11 @@ export function createBreaker () {
       failures++
       isProbing = false
       if (failures < FAILURES) return
-      probeAt = Date.now() + pauseMs
+      probeAt = performance.now() + pauseMs
       pauseMs = Math.min(pauseMs * 2, LAST_PROBE_MS)
     },
 
     /** Whole seconds until the next probe, at least one. */
-    retryAfter: () => Math.max(1, Math.ceil((probeAt - Date.now()) / 1000))
+    retryAfter: () => Math.max(1, Math.ceil((probeAt - performance.now()) / 1000))
   }
 }

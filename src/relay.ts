@@ -47,7 +47,7 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
      * waiting it is `overloaded` at once. A caller who goes away stops nothing: what is accepted is sent, or kept.
      */
     identify (event: IdentifyEvent, { isStrict = false, isAsync = false }: Wishes = {}): Promise<Verdict> {
-      const item = { event, isStrict, deadline: Date.now() + config.DEADLINE_MS }
+      const item = { event, isStrict, deadline: performance.now() + config.DEADLINE_MS }
       return keeper === undefined ? send(item) : keeper.identify(item, isAsync)
     },
 

@@ -6,7 +6,7 @@ import type { Log } from '../log.ts'
 import type { Verdict } from '../verdict.ts'
 import type { Entry, Outbox } from './outbox.ts'
 import { backoffMs, createPace } from './pace.ts'
-import { choose, finalReason, isFailure, isLimit, isTooOld, isUnasked, maxRound } from './round.ts'
+import { choose, finalReason, isFailure, isLimit, isTooOld, isUnasked, maxRound, newPass } from './round.ts'
 import { createSuspects } from './suspects.ts'
 
 interface Outcome { entry: Entry, verdict: Verdict }
@@ -16,9 +16,6 @@ const LOOK_AGAIN_MS = 1000
 
 /** How long what is under way may take at the end of the process. */
 const LAST_ROUND_MS = 2000
-
-/** One pass through the outbox: what comes after `after`, and who stays behind (see `choose`). */
-const newPass = () => ({ after: undefined as string | undefined, held: new Set<string>(), isUseful: false })
 
 /**
  * Brings to Mixpanel what waits in the outbox, oldest first, in full arrays, until it is delivered, refused or too old.
@@ -46,7 +43,7 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
     const old = entries.filter(entry => isTooOld(entry, config))
     await bury(old.map(entry => ({ entry, reason: 'older than 4.5 days' })))
     const fresh = entries.filter(entry => !old.includes(entry))
-    const { arrays, last } = choose(fresh, pass.held, suspects, config.MAX_BATCH)
+    const { arrays, last } = choose(fresh, pass, suspects, config.MAX_BATCH)
     // Many who stay behind must not hold up the event loop.
     if (arrays.length === 0) await setImmediate()
     const outcomes = (await Promise.all(arrays.map(deliver))).flat()
@@ -59,13 +56,13 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
 
   /** From the beginning again: at once if something was settled, for then others may follow. */
   async function nextPass (): Promise<void> {
-    const { isUseful } = pass
-    pass = newPass()
+    const { isUseful, decided } = pass
+    pass = newPass(isUseful ? decided : undefined)
     if (!isUseful) await pace.idle(LOOK_AGAIN_MS)
   }
 
   async function deliver (entries: Entry[]): Promise<Outcome[]> {
-    const deadline = Date.now() + config.DEADLINE_MS
+    const deadline = performance.now() + config.DEADLINE_MS
     const items = entries.map(({ event, endpoint }) => ({ event, endpoint, isStrict: false, deadline }))
     const verdicts = await delivery.deliver(items)
     return entries.map((entry, index) => ({ entry, verdict: verdicts[index] as Verdict }))
@@ -98,6 +95,7 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
       const claim = claimOf(entry.event)
       if (verdict.code === 'accepted' || finalReason(entry, verdict) !== undefined) {
         suspects.settled(claim)
+        if (verdict.code === 'accepted' && pass.held.delete(claim)) pass.decided.add(claim)
         settled++
         continue
       }

@@ -53,10 +53,10 @@ export const MAX_TAKE_BYTES = 1_000_000
 
 /** Complains of what happens to many at the same time, at most once a second. */
 export function seldom (log: Log): Log['error'] {
-  let last = 0
+  let last = -Infinity
   return (what, message) => {
-    if (Date.now() - last < 1000) return
-    last = Date.now()
+    if (performance.now() - last < 1000) return
+    last = performance.now()
     log.error(what, message)
   }
 }

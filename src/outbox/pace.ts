@@ -24,7 +24,7 @@ export function createPace () {
         resolve()
       }
       const timer = setTimeout(end, ms)
-      pause = { isIdle, earliest: Date.now() + leastMs, end }
+      pause = { isIdle, earliest: performance.now() + leastMs, end }
     })
   }
 
@@ -50,7 +50,7 @@ export function createPace () {
     /** Something came. */
     added: () => { if (pause?.isIdle) pause.end() },
     /** Mixpanel has taken something from somebody. */
-    recovered: () => { if (pause?.isIdle === false && Date.now() >= pause.earliest) pause.end() },
+    recovered: () => { if (pause?.isIdle === false && performance.now() >= pause.earliest) pause.end() },
 
     isStopped: () => isStopped,
     /** From now on there is no pause. */

@@ -28,13 +28,30 @@ export function isTooOld ({ event, endpoint }: Pick<Entry, 'event' | 'endpoint'>
     Date.now() - event.properties.time * 1000 > TRACK_MAX_AGE_MS
 }
 
+/** One pass through the outbox. */
+export interface Pass {
+  /** The id of the last entry that was looked at. */
+  after: string | undefined
+  /** Claims of those who stay behind. */
+  held: Set<string>
+  /** Claims of which one is accepted and others stayed behind: the anonymous id is taken. */
+  decided: Set<string>
+  /** Something was settled. */
+  isUseful: boolean
+}
+
+export const newPass = (decided = new Set<string>()): Pass =>
+  ({ after: undefined, held: new Set(), decided, isUseful: false })
+
 /**
  * Those of `entries` that may be under way together, in arrays that are as full as they may be. Of a claim only one
  * pair of ids is under way, and none while an earlier one is `held` back or left aside; whoever stays behind is added
- * to `held`. An array goes to one endpoint, and Mixpanel takes its size; a suspect is alone. `last` is the id of the
- * last entry that was looked at.
+ * to `held`. Where the claim is `decided`, order no longer matters. An array goes to one endpoint, and Mixpanel takes
+ * its size; a suspect is alone. `last` is the id of the last entry that was looked at.
  */
-export function choose (entries: Entry[], held: Set<string>, suspects: Suspects, maxBatch: number) {
+export function choose (
+  entries: Entry[], { held, decided }: Pick<Pass, 'held' | 'decided'>, suspects: Suspects, maxBatch: number
+) {
   const pairs = new Map<string, string>()
   const arrays: Entry[][] = []
   const alone: Entry[][] = []
@@ -47,7 +64,8 @@ export function choose (entries: Entry[], held: Set<string>, suspects: Suspects,
     const pair = entry.event.properties.$insert_id
     const isSuspect = suspects.has(claim)
     const mustWait = suspects.isAside(claim) || (isSuspect && alone.length === MAX_ALONE)
-    if (mustWait || (pairs.get(claim) ?? pair) !== pair) held.add(claim)
+    const isSecond = !decided.has(claim) && (pairs.get(claim) ?? pair) !== pair
+    if (mustWait || isSecond) held.add(claim)
     if (!held.has(claim)) {
       const { length } = JSON.stringify(entry.event)
       const fits = open.length < maxBatch && characters + length <= MAX_ARRAY_CHARACTERS &&

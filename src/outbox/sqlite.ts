@@ -3,23 +3,10 @@ import { claimOf, type IdentifyEvent } from '../event.ts'
 import type { Log } from '../log.ts'
 import { openDirectory } from './directory.ts'
 import { MAX_ENTRIES, MAX_TAKE_BYTES, seldom, type DeadLetter, type Entry, type Outbox } from './outbox.ts'
-
-/** `claim` is what `claimOf` makes of an event, `event` its JSON, `died` in ms since the epoch. */
-const SCHEMA = `
-  CREATE TABLE IF NOT EXISTS waiting (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, claim TEXT NOT NULL, event TEXT NOT NULL, endpoint TEXT
-  ) STRICT;
-  CREATE INDEX IF NOT EXISTS waiting_claim ON waiting (claim);
-  CREATE TABLE IF NOT EXISTS dead (
-    id INTEGER PRIMARY KEY, claim TEXT NOT NULL, event TEXT NOT NULL, reason TEXT NOT NULL, died INTEGER NOT NULL
-  ) STRICT;
-  CREATE TABLE IF NOT EXISTS project (fingerprint TEXT NOT NULL) STRICT;`
+import { prepare, type DeadRow, type WaitingRow } from './statements.ts'
 
 /** More in one transaction would hold up the event loop. */
 const MAX_COMMIT = 1000
-
-interface WaitingRow { id: number, event: string, endpoint: 'import' | null }
-interface DeadRow { id: number, event: string, reason: string, died: number }
 
 /**
  * An outbox in a directory: SQLite in WAL mode with `synchronous=FULL`, so that a commit is a real fsync. Everything
@@ -29,21 +16,7 @@ interface DeadRow { id: number, event: string, reason: string, died: number }
 export function openSqlite (directory: string, project: string, log: Log, maxEntries = MAX_ENTRIES): Outbox {
   const { db, isDiskLow, shrink, close } = openDirectory(directory)
   db.exec('PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;')
-  db.exec(SCHEMA)
-  const sql = {
-    put: db.prepare('INSERT INTO waiting (claim, event) VALUES (?, ?)'),
-    holds: db.prepare('SELECT 1 FROM waiting WHERE claim = ? LIMIT 1'),
-    waiting: db.prepare('SELECT id, event, endpoint FROM waiting WHERE id > ? ORDER BY id LIMIT ?'),
-    take: db.prepare(`SELECT id, event, endpoint FROM (
-        SELECT *, sum(length(event)) OVER (ORDER BY id) - length(event) AS before
-        FROM (SELECT * FROM waiting WHERE id > ? ORDER BY id LIMIT ?)
-      ) WHERE before < ?`),
-    dead: db.prepare('SELECT id, event, reason, died FROM dead WHERE id > ? ORDER BY id LIMIT ?'),
-    forget: db.prepare('DELETE FROM waiting WHERE id IN (SELECT value FROM json_each(?))'),
-    bury: db.prepare('INSERT INTO dead SELECT id, claim, event, ?, ? FROM waiting WHERE id = ?'),
-    replay: db.prepare('INSERT INTO waiting (claim, event, endpoint) SELECT claim, event, ? FROM dead WHERE id = ?'),
-    drop: db.prepare('DELETE FROM dead WHERE id IN (SELECT value FROM json_each(?))')
-  }
+  const sql = prepare(db)
   const countOf = (table: string) => (db.prepare(`SELECT count(*) AS n FROM ${table}`).all() as [{ n: number }])[0].n
   const counts = { waiting: countOf('waiting'), dead: countOf('dead') }
   const [owner] = db.prepare('SELECT fingerprint FROM project').pluck().all() as string[]
@@ -104,7 +77,14 @@ export function openSqlite (directory: string, project: string, log: Log, maxEnt
   return {
     // The batcher has no bound that it could refuse for.
     put: event => puts.add(event) as Promise<boolean>,
-    holds: async claim => counts.waiting > 0 && sql.holds.all(claim).length > 0,
+    async holds (claim) {
+      try {
+        return counts.waiting > 0 && sql.holds.all(claim).length > 0
+      } catch (error) {
+        complain({ cause: (error as Error).message }, 'the outbox cannot be used')
+        return undefined
+      }
+    },
     take: async (count, after = '0') => counts.waiting > 0
       ? (sql.take.all(Number(after), count, MAX_TAKE_BYTES) as WaitingRow[]).map(asEntry)
       : [],

@@ -1,6 +1,6 @@
 import { backoffMs } from './pace.ts'
 
-/** Who comes later is not remembered, and is sent together with others again. */
+/** Beyond that the oldest is forgotten, and sent together with others again. */
 const MOST = 1000
 
 /** What the drain knows of claims on which Mixpanel may fail while it takes others. */
@@ -16,12 +16,14 @@ export function createSuspects () {
 
   return {
     has: (claim: string) => suspects.has(claim),
-    isAside: (claim: string) => (suspects.get(claim)?.until ?? 0) > Date.now(),
+    isAside: (claim: string) => (suspects.get(claim)?.until ?? 0) > performance.now(),
     /** Mixpanel failed on it, for the first time or once more. */
     failed (claim: string): void {
-      if (suspects.size >= MOST && !suspects.has(claim)) return
       const failures = (suspects.get(claim)?.failures ?? 0) + 1
-      suspects.set(claim, { failures, until: Date.now() + backoffMs(failures) })
+      suspects.delete(claim)
+      const [oldest] = suspects.keys()
+      if (suspects.size >= MOST) suspects.delete(oldest as string)
+      suspects.set(claim, { failures, until: performance.now() + backoffMs(failures) })
     },
     /** Mixpanel was out of reach, and is no longer: it was about none of them, as far as anybody knows. */
     forgive (): void {
