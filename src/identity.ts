@@ -20,10 +20,14 @@ const JUNK_IDS = new Set([
 /** Mixpanel's limits: `properties` is level 1, and an array or a nested object has fewer than 255 entries. */
 const MAX_DEPTH = 3
 const MAX_ENTRIES = 254
+const MAX_PROPERTIES = 200
+
+/** Far more than an identity has. */
+const MAX_FIELDS = 100
 
 const Properties = Type.Unsafe<Record<string, unknown>>({
   type: 'object',
-  maxProperties: 200,
+  maxProperties: MAX_PROPERTIES,
   propertyNames: {
     allOf: [
       { maxLength: 255 },
@@ -31,8 +35,8 @@ const Properties = Type.Unsafe<Record<string, unknown>>({
       { pattern: '^(?!mp_)', description: 'is a reserved name (mp_*)' }
     ]
   },
-  description: 'Additional event properties: at most 200, names of at most 255 characters, no reserved names, ' +
-    `depth at most ${MAX_DEPTH}.`
+  description: `Additional event properties: at most ${MAX_PROPERTIES}, names of at most 255 characters, ` +
+    `no reserved names, depth at most ${MAX_DEPTH}.`
 })
 
 /**
@@ -64,6 +68,20 @@ export const Identity = Type.Object({
 }, { additionalProperties: false })
 
 export type Identity = Static<typeof Identity>
+
+/**
+ * What is wrong with a value that has more names than an identity may have: to say what is wrong with each of a hundred
+ * thousand would hold up everybody for a second. Takes any value, and is fast.
+ */
+export function surplusNames (body: unknown): FieldError[] {
+  if (typeof body !== 'object' || body === null) return []
+  if (Object.keys(body).length > MAX_FIELDS) {
+    return [{ pointer: '', detail: `must not have more than ${MAX_FIELDS} fields` }]
+  }
+  const { properties }: Partial<Identity> = body
+  if (typeof properties !== 'object' || Object.keys(properties ?? {}).length <= MAX_PROPERTIES) return []
+  return [{ pointer: '/properties', detail: `must not have more than ${MAX_PROPERTIES} properties` }]
+}
 
 /**
  * The rules that JSON Schema cannot express: junk ids, equality between fields, depth and sanity of property values.

@@ -26,7 +26,12 @@ export async function openapi (config: Config): Promise<{ document: object, yaml
     logger: pino({ level: 'silent' }),
     document: nothing,
     async prepare (app) {
-      await app.register(swagger, { openapi: about, refResolver: { buildLocalReference: ({ $id }) => String($id) } })
+      await app.register(swagger, {
+        openapi: about,
+        refResolver: { buildLocalReference: ({ $id }) => String($id) },
+        transform: ({ schema, url, route: { config } }) =>
+          ({ url, schema: { ...schema, ...config?.body !== undefined && { body: config.body } } })
+      })
     }
   })
   await app.ready()

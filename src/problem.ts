@@ -91,14 +91,19 @@ interface SchemaError extends FastifySchemaValidationError {
 /** What a route's schemas found wrong with a request that they did not let pass. */
 export function fieldErrors (request: FastifyRequest): FieldError[] {
   const { validation, validationContext: context } = request.validationError ?? {}
-  const inBody = context === 'body' ? validation as SchemaError[] : []
+  const inBody = context === 'body' ? validation : []
   // Fastify looks at the query only if the body is right.
   const validateQuery = request.getValidationFunction('querystring')
-  const inQuery = validateQuery?.(request.query) === false ? validateQuery.errors as SchemaError[] : []
+  const inQuery = validateQuery?.(request.query) === false ? validateQuery.errors : []
   // A pointer leads into the body; what is wrong with the query can only be told.
-  const told = inQuery.flatMap(fieldError)
+  const told = asFieldErrors(inQuery)
     .map(({ pointer, detail }) => ({ pointer: '', detail: `query parameter ${pointer.slice(1)} ${detail}` }))
-  return [...inBody.flatMap(fieldError), ...told]
+  return [...asFieldErrors(inBody), ...told]
+}
+
+/** What a validator's `errors` say. */
+export function asFieldErrors (errors: unknown): FieldError[] {
+  return (errors as SchemaError[]).flatMap(fieldError)
 }
 
 /** One error for each pointer, in the order given. */
