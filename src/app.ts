@@ -67,6 +67,8 @@ export async function buildApp (config: Config, { relay, redis, logger, document
     }
   })
   app.addHook('onClose', () => relay.close())
+  // Node would drop those after the thousandth in silence, an Origin among them; their size is bounded all the same.
+  app.server.maxHeadersCount = 0
   // Node would answer other expectations than 100-continue by itself; a server may ignore them (RFC 9110).
   app.server.on('checkExpectation', app.routing)
 

@@ -12,6 +12,14 @@ FormatRegistry.Set('base-url', text => {
   const url = new URL(text)
   return /^https?:$/.test(url.protocol) && url.username + url.password === ''
 })
+FormatRegistry.Set('redis-url', text => {
+  if (!URL.canParse(text) || !/^rediss?:\/\/\S+$/.test(text)) return false
+  try {
+    return decodeURIComponent(text) !== ''
+  } catch {
+    return false
+  }
+})
 // Browsers send lower case and leave the default port out; an origin written otherwise would never match.
 FormatRegistry.Set('origin', text => /^[a-z][a-z0-9+.-]*:\/\/[^/?#\s*@]+$/.test(text) &&
   (!/^https?:/.test(text) || (URL.canParse(text) && new URL(text).origin === text)))
@@ -33,18 +41,19 @@ const oneOf = <const T extends string>(values: T[], byDefault: T) => Type.Union(
 )
 const list = (format: string, rule: string) => Type.Array(Type.String({ format, rule }), { default: [], rule })
 const flag = () => Type.Boolean({ default: false, rule: 'must be true or false' })
-const secret = (pattern: string, rule: string) => Type.String({ pattern, rule, secret: true })
+const secret = (shape: { pattern: string } | { format: string }, rule: string) =>
+  Type.String({ ...shape, rule, secret: true })
 
 /** The environment: every variable, its default and, as `rule`, what is said when it is wrong. */
 export const Environment = Type.Object({
-  MIXPANEL_TOKEN: secret('^[!-~]+$', 'must be a project token: printable characters without spaces'),
+  MIXPANEL_TOKEN: secret({ pattern: '^[!-~]+$' }, 'must be a project token: printable characters without spaces'),
   MIXPANEL_REGION: oneOf(['us', 'eu', 'in'], 'us'),
   MIXPANEL_URL: Type.Optional(Type.String({
     format: 'base-url', rule: 'must be an http or https URL without user, query or fragment'
   })),
   MIXPANEL_ENDPOINT: oneOf(['track', 'import'], 'track'),
   MIXPANEL_STRICT: oneOf(['0', '1'], '0'),
-  MIXPANEL_SERVICE_ACCOUNT: Type.Optional(secret('^[^:\\s]+:\\S+$', 'must be of the form user:secret')),
+  MIXPANEL_SERVICE_ACCOUNT: Type.Optional(secret({ pattern: '^[^:\\s]+:\\S+$' }, 'must be of the form user:secret')),
   MIXPANEL_PROJECT_ID: Type.Optional(Type.String({ pattern: '^\\d+$', rule: 'must be a number' })),
   MIXPANEL_TIMEOUT_MS: integer(1, 600_000, 5000),
   DEADLINE_MS: integer(1, 600_000, 10_000),
@@ -58,7 +67,7 @@ export const Environment = Type.Object({
   ALLOW_ANONYMOUS: flag(),
   RATE_LIMIT_MAX: integer(1, 1_000_000_000, 600),
   RATE_LIMIT_WINDOW_MS: integer(1, 86_400_000, 60_000),
-  REDIS_URL: Type.Optional(secret('^rediss?://\\S+$', 'must be a redis:// or rediss:// URL')),
+  REDIS_URL: Type.Optional(secret({ format: 'redis-url' }, 'must be a redis:// or rediss:// URL')),
   OUTBOX: Type.String({
     default: 'off', pattern: '^(off|redis|file:.+)$', rule: 'must be off, redis or file:<directory>'
   }),

@@ -100,9 +100,15 @@ async function serve (config: Config): Promise<void> {
 /** For HEALTHCHECK: exit 0 if the relay that this configuration describes is alive. */
 async function healthcheck ({ HOST, PORT }: Config): Promise<void> {
   const host = { '0.0.0.0': '127.0.0.1', '::': '::1' }[HOST] ?? HOST
-  const answer = await fetch(`${urlOf(host, PORT)}/livez`, { signal: AbortSignal.timeout(2000) })
-  if (!answer.ok) throw new Error(`/livez answered ${answer.status}`)
-  console.log('The relay is alive.')
+  try {
+    const answer = await fetch(`${urlOf(host, PORT)}/livez`, { signal: AbortSignal.timeout(2000) })
+    if (!answer.ok) throw new Error(`/livez answered ${answer.status}`)
+    console.log('The relay is alive.')
+  } catch (error) {
+    const { message } = (error as Error).cause as Error | undefined ?? error as Error
+    console.error(`The relay is not alive: ${message}.`)
+    process.exitCode = 1
+  }
 }
 
 const urlOf = (host: string, port: number) => `http://${host.includes(':') ? `[${host}]` : host}:${port}`
@@ -118,8 +124,7 @@ async function main (name = 'serve', args: string[]): Promise<void> {
 }
 
 main(process.argv[2], process.argv.slice(3)).catch((error: Error) => {
-  const { message } = error.cause instanceof Error ? error.cause : error
   const isMistake = error instanceof ConfigError || error instanceof OrderError
-  console.error(isMistake ? message : `The relay cannot go on: ${message}.`)
+  console.error(isMistake ? error.message : `The relay cannot go on: ${error.message}.`)
   process.exit(1)
 })

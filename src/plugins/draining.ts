@@ -1,3 +1,4 @@
+import { setImmediate } from 'node:timers/promises'
 import fp from 'fastify-plugin'
 import type { Relay } from '../relay.ts'
 
@@ -12,6 +13,12 @@ declare module 'fastify' {
 /** How long a connection may still take, once we close, to bring a request that it began before. */
 const LAST_REQUEST_MS = 500
 
+/** How long we may take, before we close, to accept the connections that wait, one in a turn of the event loop. */
+const LAST_LOOK_MS = 500
+
+/** In so many turns a new connection's request is read and begun. */
+const QUIET_TURNS = 3
+
 /** A process ends in two steps: `drain` sends callers elsewhere, `close` refuses those who come all the same. */
 export const draining = fp<{ relay: Relay }>(async (app, { relay }) => {
   let state: 'serving' | 'draining' | 'closing' = 'serving'
@@ -19,6 +26,7 @@ export const draining = fp<{ relay: Relay }>(async (app, { relay }) => {
   app.decorate('drain', () => { state = 'draining' })
   app.decorate('isDraining', () => state !== 'serving')
   app.addHook('preClose', async () => {
+    await readWhatCame()
     state = 'closing'
     // Node waits for every connection, silent and stalled ones included, and once it closes it times none of them out.
     let isIdle = false
@@ -27,6 +35,17 @@ export const draining = fp<{ relay: Relay }>(async (app, { relay }) => {
       isIdle = relay.state().waiting === 0
     }, LAST_REQUEST_MS / 2)
   })
+
+  /** Where the process got no time for a while, it is told to close before it has read what came meanwhile. */
+  async function readWhatCame (): Promise<void> {
+    let connections = 0
+    app.server.on('connection', () => connections++)
+    const end = performance.now() + LAST_LOOK_MS
+    for (let quiet = 0, before = 0; quiet < QUIET_TURNS && performance.now() < end; before = connections) {
+      await setImmediate()
+      quiet = connections === before ? quiet + 1 : 0
+    }
+  }
   app.addHook('onClose', async () => clearInterval(timer))
   app.addHook('onRequest', (request, reply, done) => {
     if (state === 'closing' && request.method === 'POST') return reply.problem('draining', { retryAfter: 1 })
