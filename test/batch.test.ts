@@ -3,6 +3,11 @@ import { t } from 'tap'
 import { identity, startRelay } from './helper.ts'
 import { createBatcher } from '../src/batcher.ts'
 import { createBreaker } from '../src/breaker.ts'
+import { readConfig } from '../src/config.ts'
+import { createDelivery } from '../src/delivery.ts'
+import { identifyEvent } from '../src/event.ts'
+import type { Mixpanel } from '../src/mixpanel.ts'
+import type { Verdict } from '../src/verdict.ts'
 
 type Relay = Awaited<ReturnType<typeof startRelay>>
 
@@ -264,8 +269,47 @@ t.test('the batcher: order, bounds, lateness, a send that throws', async t => {
   t.equal(batcher.waiting(), 0)
 })
 
+t.test('names beyond count are refused at once, and hold up nobody', async t => {
+  const { inject, sandbox } = await startRelay(t)
+  const many = (count: number, prefix: string) => Object.fromEntries(Array.from({ length: count }, (_, index) => [`${prefix}${index}`, 1]))
+  const answer = await inject({
+    method: 'POST',
+    url: '/identify/batch',
+    payload: { identities: [identity(many(98, 'x')), identity(many(99, 'x')), identity({ properties: many(100_000, 'mp_') }), identity({ properties: many(200, 'x') }), identity({ properties: [] }), identity({ properties: null })] }
+  })
+  t.equal(answer.statusCode, 207)
+  const results: { status: string, problem?: { code: string, errors: { pointer: string, detail: string }[] } }[] = answer.json().results
+  t.equal(results[0]?.problem?.errors.length, 98, 'each of a hundred is named')
+  t.same(results[1]?.problem?.errors, [{ pointer: '', detail: 'must not have more than 100 fields' }])
+  t.same(results[2]?.problem?.errors, [{ pointer: '/properties', detail: 'must not have more than 200 properties' }])
+  t.same(results[3], { index: 3, status: 'accepted' })
+  t.same(results[4]?.problem?.errors, [{ pointer: '/properties', detail: 'must be object' }])
+  t.same(results[5]?.problem?.errors, [{ pointer: '/properties', detail: 'must be object' }])
+  t.equal(sandbox.requests.length, 1)
+  const wide = await inject({ method: 'POST', url: '/identify/batch', payload: { identities: [identity()], ...many(100_000, 'x') } })
+  t.match(wide.json(), { status: 400, errors: [{ pointer: '', detail: 'must not have more than 100 fields' }] })
+})
+
+t.test('records that are not in the array condemn nobody, and acquit nobody', async t => {
+  const config = readConfig({ MIXPANEL_TOKEN: 'x' }, () => '')
+  for (const index of [7, -1]) {
+    const sent: number[] = []
+    const mixpanel = {
+      encode: (events: unknown[]) => events,
+      async send (events: unknown[]): Promise<Verdict> {
+        sent.push(events.length)
+        return events.length === 3 ? { code: 'refused_by_mixpanel', records: new Map([[index, 'bad']]), imported: 2 } : { code: 'accepted' }
+      }
+    } as unknown as Mixpanel
+    const { deliver } = createDelivery(config, mixpanel, { debug () {}, info () {}, warn () {}, error () {} })
+    const items = Array.from({ length: 3 }, () => ({ event: identifyEvent(identity(), 0), isStrict: false, deadline: performance.now() + 1000 }))
+    t.same(await deliver(items), items.map(() => ({ code: 'accepted' })))
+    t.same(sent, [3, 1, 1, 1], 'each of them was asked for')
+  }
+})
+
 t.test('the breaker: five failures open it, probes go one at a time, a success closes it', async t => {
-  const clock = t.capture(Date, 'now', () => now)
+  const clock = t.capture(performance, 'now', () => now)
   let now = 0
   const breaker = createBreaker()
   for (let failure = 0; failure < 5; failure++) {

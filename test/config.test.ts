@@ -78,7 +78,7 @@ t.test('every mistake is one sentence, all of them at once, and no value is told
     ...['*', 'null', 'app.example.com', 'https://app.example.com/', 'https://App.example.com', 'https://a.example:443', 'https://*.example.com', 'https://a.example/x'].map(origin => [{ CORS_ORIGINS: origin }, /^CORS_ORIGINS must be a comma list/] as [Record<string, string>, RegExp]),
     ...['memory', 'file:', 'File:/x', 'redis://x'].map(outbox => [{ OUTBOX: outbox }, /^OUTBOX must be off, redis or file:<directory>\.$/] as [Record<string, string>, RegExp]),
     [{ OUTBOX: 'redis' }, /^OUTBOX=redis needs REDIS_URL\.$/],
-    ...['localhost:6379', 'http://x', 'redis://'].map(url => [{ REDIS_URL: url }, /^REDIS_URL must be a redis:\/\/ or rediss:\/\/ URL\.$/] as [Record<string, string>, RegExp]),
+    ...['localhost:6379', 'http://x', 'redis://', 'redis://x:99999', 'redis://x y', 'redis://:%ff@x', 'redis://:%@x'].map(url => [{ REDIS_URL: url }, /^REDIS_URL must be a redis:\/\/ or rediss:\/\/ URL\.$/] as [Record<string, string>, RegExp]),
     ...['API_KEYS', 'API_KEYS_FILE', 'JWT_SECRET', 'JWT_JWKS_URL', 'METRICS_PORT'].map(name => [{ [name]: 'x' }, new RegExp(`^${name} is not supported by this version`)] as [Record<string, string>, RegExp])
   ]
   for (const [env, sentence] of rows) {

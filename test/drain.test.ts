@@ -7,7 +7,7 @@ import { identifyEvent } from '../src/event.ts'
 import { createDrain } from '../src/outbox/drain.ts'
 import type { Entry, Outbox } from '../src/outbox/outbox.ts'
 import { backoffMs } from '../src/outbox/pace.ts'
-import { choose, finalReason } from '../src/outbox/round.ts'
+import { choose, finalReason, newPass } from '../src/outbox/round.ts'
 import { createSuspects } from '../src/outbox/suspects.ts'
 import type { Verdict } from '../src/verdict.ts'
 import { identity } from './helper.ts'
@@ -18,6 +18,7 @@ const accepted: Verdict = { code: 'accepted' }
 /** A drain on a clock of the test's own, between an outbox in memory and a Mixpanel that `answer` plays. */
 function start (t: Test, count: number, answer: (items: Item[]) => Verdict[], env = {}, given: object[] = []) {
   mock.timers.enable({ apis: ['setTimeout', 'Date'], now: Date.now() })
+  t.capture(performance, 'now', () => Date.now())
   t.teardown(() => mock.timers.reset())
   let entries: Entry[] = Array.from({ length: count }, (_, index) =>
     ({ id: String(index), event: identifyEvent(identity({ identified_id: `user-${index}`, ...given[index] }), Date.now()) }))
@@ -170,13 +171,50 @@ t.test('one claim, many users: one at a time, in order, and nobody else waits fo
   const given = Array.from({ length: 900 }, (_, index) => index < 600
     ? { identified_id: `claimant-${Math.floor(index / 3)}`, anon_id: anon }
     : { identified_id: `user-${index}` })
-  const { arrays, pass, waiting, drain } = start(t, 900, items => items.map(() => accepted), {}, given)
+  const isClaimant = ({ event }: Item) => String(event.properties.$identified_id).startsWith('claimant')
+  const { arrays, pass, waiting, drain } = start(t, 900, items => items.map(item => isClaimant(item) ? { code: 'refused_by_mixpanel' } : accepted), {}, given)
   await pass(5)
   t.equal(waiting(), 0)
   const order = arrays.map(array => array.filter(id => id.startsWith('claimant')))
   t.ok(order.every(ids => new Set(ids).size <= 1), 'never two of them in one array')
   t.same(order.flat(), given.slice(0, 600).map(one => one.identified_id))
   t.ok(arrays.findIndex(array => array.includes('user-899')) < 20, 'the last one is not behind them')
+  await drain.stop()
+})
+
+t.test('one claim, many users: when the first is accepted the rest goes in full arrays', async t => {
+  const given = Array.from({ length: 2000 }, (_, index) => ({ identified_id: `claimant-${index}`, anon_id: '5f0c8a1e-6a0b-4d53-9d3c-0a1f6f2b7c11' }))
+  const { arrays, pass, waiting, drain } = start(t, 2000, items => items.map(() => accepted), {}, given)
+  await pass(0)
+  t.equal(waiting(), 0)
+  t.same(arrays[0], ['claimant-0'])
+  t.ok(arrays.length < 2000 / 50 + 10, `${arrays.length} arrays`)
+  t.equal(new Set(arrays.flat()).size, arrays.flat().length, 'nobody twice')
+  await drain.stop()
+})
+
+t.test('who stays behind holds back whoever claims the same later', async t => {
+  const claim = { anon_id: '5f0c8a1e-6a0b-4d53-9d3c-0a1f6f2b7c11' }
+  let isRefused = true
+  const unasked: Verdict = { code: 'mixpanel_unavailable', retryAfter: 1 }
+  const { arrays, pass, waiting, drain } = start(t, 100, items => items.map(({ event }) => {
+    if (event.properties.$identified_id !== 'user-1' || !isRefused) return accepted
+    isRefused = false
+    return unasked
+  }), { MAX_BATCH: '1' }, Array.from({ length: 100 }, (_, index) => index === 1 || index === 60 ? claim : {}))
+  await pass(10)
+  t.equal(waiting(), 0)
+  const order = arrays.flat().filter(id => id === 'user-1' || id === 'user-60')
+  t.same(order, ['user-1', 'user-1', 'user-60'])
+  await drain.stop()
+})
+
+t.test('429 for one array: the others are settled, and nothing more is sent before Mixpanel says', async t => {
+  const { arrays, pass, waiting, drain } = start(t, 1000, items => items.map(({ event }) =>
+    event.properties.$identified_id === 'user-70' ? { code: 'mixpanel_rate_limited', cause: 'status 429', retryAfter: 30 } : accepted))
+  await pass(29)
+  t.equal(arrays.length, 6)
+  t.equal(waiting(), 701)
   await drain.stop()
 })
 
@@ -223,7 +261,7 @@ t.test('MAX_BATCH=1 never merges; large events make small arrays; what is replay
   const none = createSuspects()
   const entry = (text = '', more = {}): Entry => ({ id: '1', event: identifyEvent(identity({ properties: { text } }), 0), ...more })
   const large = Array.from({ length: 100 }, () => entry('x'.repeat(100_000)))
-  const sizes = (entries: Entry[]) => choose(entries, new Set(), none, 50).arrays.map(array => array.length)
+  const sizes = (entries: Entry[]) => choose(entries, newPass(), none, 50).arrays.map(array => array.length)
   t.same(sizes(large), Array.from({ length: 6 }, () => 4))
   const mixed = [entry(), entry('', { endpoint: 'import' }), entry('', { endpoint: 'import' }), entry()]
   t.same(sizes(mixed), [1, 2, 1])
@@ -239,12 +277,17 @@ t.test('the backoff of Mixpanel\'s documentation', async t => {
 t.test('a thousand suspects are remembered', async t => {
   const suspects = createSuspects()
   for (let count = 0; count < 1500; count++) suspects.failed(`claim ${count}`)
-  t.equal(suspects.has('claim 999'), true)
-  t.equal(suspects.has('claim 1000'), false)
-  suspects.failed('claim 7')
-  t.equal(suspects.isAside('claim 7'), true)
+  t.equal(suspects.has('claim 499'), false)
+  t.equal(suspects.has('claim 500'), true)
+  suspects.failed('claim 500')
+  suspects.failed('claim 1500')
+  t.equal(suspects.has('claim 501'), false, 'the one on which it failed the longest ago is forgotten')
+  t.equal(suspects.isAside('claim 500'), true)
   suspects.forgive()
-  t.equal(suspects.isAside('claim 7'), false)
+  t.equal(suspects.isAside('claim 500'), false)
+  t.equal(suspects.has('claim 500'), true)
+  suspects.settled('claim 500')
+  t.equal(suspects.has('claim 500'), false)
 })
 
 t.test('why an entry will never be delivered', async t => {

@@ -1,4 +1,7 @@
 import { randomUUID } from 'node:crypto'
+import { once } from 'node:events'
+import { createServer } from 'node:http'
+import type { AddressInfo } from 'node:net'
 import { t } from 'tap'
 import { identity, leaks, startRelay, startSandbox, TOKEN } from './helper.ts'
 import { readConfig } from '../src/config.ts'
@@ -337,4 +340,30 @@ t.test('errors that no local server can provoke', async t => {
 t.test('the search for the token finds it', async t => {
   t.same(leaks(`{"msg":"${TOKEN}"}`), [TOKEN])
   t.same(leaks(`data=${encodeURIComponent(JSON.stringify({ token: TOKEN }))}`), [encodeURIComponent(TOKEN)])
+})
+
+t.test('no secret in Mixpanel\'s words, however they are written', async t => {
+  const answer = { error: '' }
+  const server = createServer((request, response) => response.end(`{"status":0,"error":${answer.error}}`)).listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  const secret = 'a/CANARY-SECRET:1'
+  const mixpanel = createMixpanel(readConfig({
+    MIXPANEL_TOKEN: TOKEN, MIXPANEL_SERVICE_ACCOUNT: `relay:${secret}`, MIXPANEL_PROJECT_ID: '1', MIXPANEL_URL: `http://127.0.0.1:${(server.address() as AddressInfo).port}`
+  }, () => ''))
+  t.teardown(async () => {
+    await mixpanel.close()
+    server.close()
+  })
+  const request = mixpanel.encode([identifyEvent({ identified_id: 'u', anon_id: UUID }, 0)])
+  for (const one of [TOKEN, secret, `relay:${secret}`]) {
+    const base64 = Buffer.from(one).toString('base64')
+    const slashed = JSON.stringify(one).replaceAll('/', '\\/')
+    const escaped = `"\\u${one.charCodeAt(0).toString(16).padStart(4, '0')}${one.slice(1)}"`
+    for (const error of [JSON.stringify(one), slashed, escaped, JSON.stringify(encodeURIComponent(one)), JSON.stringify(base64)]) {
+      answer.error = error
+      t.match(await mixpanel.send(request, 1000), { code: 'refused_by_mixpanel', reason: /^(relay:)?\*\*\*$/ }, error)
+    }
+  }
+  answer.error = JSON.stringify(`x: ${Buffer.from(`${TOKEN}:`).toString('base64')}`)
+  t.match(await mixpanel.send(request, 1000), { reason: 'x: ***' })
 })

@@ -105,7 +105,7 @@ t.test('directories that cannot be the outbox, and one that is not there', async
   t.match(await run('/nowhere/outbox', 'outbox', 'list'), [1, 'There is no /nowhere/outbox.\n'])
 })
 
-t.test('while another program has the file locked: 503 where nothing was sent, 504 where Mixpanel may have it', async t => {
+t.test('while another program has the file locked: 503 where nothing was kept or sent, 502 or 504 where Mixpanel may have it', async t => {
   const sandbox = await startSandbox(t)
   const directory = `${temporary(t)}/outbox`
   const server = await startServer(t, sandbox.url, { OUTBOX: `file:${directory}`, MIXPANEL_TIMEOUT_MS: '200', DEADLINE_MS: '400' })
@@ -113,8 +113,10 @@ t.test('while another program has the file locked: 503 where nothing was sent, 5
   const shell = new Database(`${directory}/outbox.db`)
   shell.exec('BEGIN IMMEDIATE')
   sandbox.faults.add(outage)
-  t.equal(await callers.call(), 503)
+  t.equal(await callers.call(), 502)
   sandbox.faults.clear()
+  sandbox.faults.add({ name: 'rate_limited', times: 1 })
+  t.equal(await callers.call(), 503)
   sandbox.faults.add({ name: 'hang', times: 10 })
   t.equal(await callers.call(), 504)
   sandbox.faults.clear()

@@ -1,8 +1,11 @@
 import { randomUUID } from 'node:crypto'
 import fs, { mkdirSync, readdirSync, statSync, writeFileSync } from 'node:fs'
+import { once } from 'node:events'
 import { syncBuiltinESMExports } from 'node:module'
+import { connect, createServer, type AddressInfo, type Socket } from 'node:net'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
+import Database from 'libsql'
 import { t, type Test } from 'tap'
 import { claimOf, identifyEvent } from '../src/event.ts'
 import { giveOrder, takeOrders } from '../src/outbox/control.ts'
@@ -51,18 +54,24 @@ async function contract (t: Test, open: (maxEntries?: number) => Promise<Outbox>
     const two = [event(anon.toUpperCase()), event(`$device:${anon}`)]
     for (const one of two) t.ok(await outbox.put(one))
     t.equal(claimOf(two[0]!), claimOf(two[1]!))
+    const bystander = event()
+    t.ok(await outbox.put(bystander))
     const mine: Entry[] = []
     for (let entries = await outbox.take(2000); entries.length > 0; entries = await outbox.take(2000)) {
       mine.push(...entries.filter(entry => two.some(one => one.properties.$anon_id === entry.event.properties.$anon_id)))
       await outbox.done(entries.filter(entry => !mine.includes(entry)))
       if (mine.length === 2) break
     }
+    t.ok(await outbox.put(bystander))
     t.equal(await outbox.holds(claimOf(two[0]!)), true)
     await outbox.done(mine.slice(0, 1))
     t.equal(await outbox.holds(claimOf(two[0]!)), true)
     await outbox.bury([{ entry: mine[1]!, reason: 'because "so"\nit is' }])
     t.equal(await outbox.holds(claimOf(two[0]!)), false)
     t.equal(await outbox.holds(claimOf(events[2499]!)), false)
+    t.same(outbox.counts(), { waiting: 1, dead: 1 })
+    t.equal(await outbox.holds(claimOf(bystander)), true)
+    await outbox.done(await outbox.take(10))
     t.same(outbox.counts(), { waiting: 0, dead: 1 })
   })
 
@@ -157,6 +166,19 @@ t.test('SQLite: what cannot be written is not kept, and says so once a second', 
   await outbox.close()
 })
 
+t.test('SQLite: a damaged file is out of reach', async t => {
+  const said: string[] = []
+  const directory = t.testdir({})
+  const outbox = openSqlite(directory, 'a-project', { ...silent, error: (what, message) => { said.push(message) } })
+  t.equal(await outbox.put(event()), true)
+  const shell = new Database(join(directory, 'outbox.db'))
+  shell.exec('DROP TABLE waiting')
+  shell.close()
+  t.equal(await outbox.holds('a claim'), undefined)
+  t.same(said, ['the outbox cannot be used'])
+  await outbox.close()
+})
+
 t.test('SQLite: a disk that is nearly full', async t => {
   const outbox = openSqlite(t.testdir({}), 'a-project', silent)
   const capture = t.capture(fs, 'statfsSync', () => ({ bavail: 100, blocks: 10_000, bsize: 4096 }))
@@ -179,6 +201,15 @@ t.test('SQLite: an outage\'s space goes back to the disk', async t => {
     left -= entries.length
   }
   t.ok(statSync(join(directory, 'outbox.db')).size > 8_000_000)
+  const { exec } = Database.prototype
+  const capture = t.capture(Database.prototype, 'exec', function (this: Database.Database, sql: string) {
+    if (sql.startsWith('VACUUM')) throw new Error('database or disk is full')
+    return exec.call(this, sql)
+  })
+  await outbox.done(await outbox.take(1))
+  t.ok(statSync(join(directory, 'outbox.db')).size > 8_000_000, 'not while there is no room for that itself')
+  capture.restore()
+  t.ok(await outbox.put(event()))
   await outbox.done(await outbox.take(1))
   t.ok(statSync(join(directory, 'outbox.db')).size < 100_000)
   await outbox.close()
@@ -223,19 +254,90 @@ t.test('Redis: one relay at a time delivers; the next one when it has closed, or
   const server = await startRedis(t)
   const redis = await connectRedis(server.url, silent)
   t.teardown(() => redis.disconnect())
-  const [one, two, three] = await Promise.all([0, 1, 2].map(() => openRedis(redis, 'a-project', silent, 500))) as [Outbox, Outbox, Outbox]
+  const open = () => openRedis(redis, 'a-project', silent, 500)
+  let [one, two, three] = await Promise.all([open(), open(), open()])
   for (let count = 0; count < 5; count++) t.ok(await two.put(event()))
   const mine = await one.take(3)
   t.equal(mine.length, 3)
   t.same(await two.take(3), [])
   await one.done(mine.slice(0, 1))
+  await two.close()
+  t.same(await three.take(3), [], 'who is not at it has nothing to give back')
+  await sleep(300)
+  t.equal((await one.take(3)).length, 3)
+  await sleep(300)
+  t.same(await three.take(3), [], 'to take is a sign of life')
   await one.close()
+  two = await open()
   t.same((await two.take(3)).map(entry => entry.id).slice(0, 2), mine.slice(1).map(entry => entry.id))
   t.same(await three.take(3), [])
   await sleep(600)
   t.equal((await three.take(10)).length, 4, 'the second one is taken for dead')
   t.same(await two.take(3), [], 'and finds that it was')
   await Promise.all([two.close(), three.close()])
+})
+
+t.test('Redis without memory keeps nothing, says so, and can be emptied', needsRedis, async t => {
+  const server = await startRedis(t, { more: ['--maxmemory', '4mb', '--maxmemory-policy', 'noeviction'] })
+  const said: unknown[] = []
+  const log = { ...silent, error: (what: object, message: string) => { said.push({ ...what, message }) } }
+  const redis = await connectRedis(server.url, log)
+  t.teardown(() => redis.disconnect())
+  const outbox = await openRedis(redis, 'a-project', log, 200)
+  const large = () => identifyEvent({ ...identity(), properties: { text: 'x'.repeat(1000) } }, Date.now())
+  while (await outbox.put(large()) === true);
+  while (await outbox.put(event()) === true);
+  t.equal(await outbox.put(event()), false, 'which is no, not perhaps')
+  t.match(said, [{ cause: /OOM/, message: 'the outbox keeps nothing' }])
+  const { waiting } = outbox.counts()
+  await sleep(300)
+  const entries = await outbox.take(100)
+  t.equal(entries.length, 100)
+  await outbox.bury(entries.slice(0, 1).map(entry => ({ entry, reason: 'x' })))
+  await outbox.done(entries)
+  t.same(outbox.counts(), { waiting: waiting - 100, dead: 1 })
+  while (await outbox.put(event()) !== true) await outbox.done(await outbox.take(100))
+  t.ok(outbox.counts().waiting > 0, 'and keeps again')
+  await outbox.close()
+})
+
+t.test('Redis: what came during a stall of our own has come in time', needsRedis, async t => {
+  const server = await startRedis(t)
+  const redis = await connectRedis(server.url, silent)
+  t.teardown(() => redis.disconnect())
+  const outbox = await openRedis(redis, 'a-project', silent, 200)
+  const stalled = [outbox.put(event()), outbox.holds('a claim')]
+  setImmediate(() => setImmediate(() => { for (const end = performance.now() + 400; performance.now() < end;); }))
+  t.same(await Promise.all(stalled), [true, false])
+  await sleep(10)
+  t.equal(redis.status, 'ready')
+  await outbox.close()
+})
+
+t.test('Redis: a connection that says nothing is left', needsRedis, async t => {
+  const server = await startRedis(t)
+  // Between the two, so that connections can go dead without a word.
+  const sockets = new Set<Socket>()
+  const proxy = createServer(socket => {
+    const other = connect(server.port, '127.0.0.1')
+    sockets.add(socket.pipe(other)).add(other.pipe(socket) as Socket)
+    for (const one of [socket, other]) one.on('error', () => {})
+  }).listen(0, '127.0.0.1')
+  await once(proxy, 'listening')
+  const redis = await connectRedis(`redis://127.0.0.1:${(proxy.address() as AddressInfo).port}`, silent)
+  const outbox = await openRedis(redis, 'a-project', silent, 200)
+  t.teardown(() => {
+    redis.disconnect()
+    for (const socket of sockets) socket.destroy()
+    proxy.close()
+  })
+  for (const socket of sockets) socket.unpipe()
+  t.equal(await outbox.put(event()), undefined)
+  while (await outbox.put(event()) !== true) await sleep(50)
+  await t.rejects(outbox.take(1), { message: 'Redis did not answer in time' })
+  while (await outbox.take(1).then(entries => entries.length, () => 0) === 0) await sleep(50)
+  t.pass('and so is the one that is patient')
+  await outbox.close()
 })
 
 t.test('Redis: who deletes by hand leaves no claim behind', needsRedis, async t => {

@@ -25,10 +25,10 @@ t.test('mistakes in the configuration: exit 1 and one sentence each', async t =>
     [['check-config'], { MIXPANEL_TOKEN: TOKEN, MAX_BATCH: '0' }, /^MAX_BATCH must be .*\.\n$/],
     [['toString'], { MIXPANEL_TOKEN: TOKEN }, /^toString is no command/],
     [['destroy'], { MIXPANEL_TOKEN: TOKEN }, /^destroy is no command: use serve, /],
-    [['healthcheck'], { MIXPANEL_TOKEN: TOKEN, PORT: '9' }, /^The relay cannot go on: .+\.\n$/],
-    [['healthcheck'], { MIXPANEL_TOKEN: TOKEN, PORT: '9', HOST: '::1' }, /^The relay cannot go on: .+\.\n$/],
-    [['healthcheck'], { MIXPANEL_TOKEN: TOKEN, PORT: '9', HOST: '::', ALLOW_ANONYMOUS: 'true' }, /^The relay cannot go on: .+\.\n$/],
-    [['healthcheck'], { MIXPANEL_TOKEN: TOKEN, PORT: new URL(url).port }, /^The relay cannot go on: \/livez answered 404\.\n$/]
+    [['healthcheck'], { MIXPANEL_TOKEN: TOKEN, PORT: '9' }, /^The relay is not alive: .+\.\n$/],
+    [['healthcheck'], { MIXPANEL_TOKEN: TOKEN, PORT: '9', HOST: '::1' }, /^The relay is not alive: .+\.\n$/],
+    [['healthcheck'], { MIXPANEL_TOKEN: TOKEN, PORT: '9', HOST: '::', ALLOW_ANONYMOUS: 'true' }, /^The relay is not alive: .+\.\n$/],
+    [['healthcheck'], { MIXPANEL_TOKEN: TOKEN, PORT: new URL(url).port }, /^The relay is not alive: \/livez answered 404\.\n$/]
   ]
   for (const [args, env, sentences] of rows) {
     const { exit, output } = startProcess(t, SERVER, args, env)
@@ -73,6 +73,25 @@ t.test('SIGTERM: not ready at once, in flight answered, exit 0', async t => {
   t.equal(output().split('"status":404').length - 1, 500)
   t.notMatch(output(), /inspector|Debugger listening/)
   t.same(leaks(output()), [])
+})
+
+t.test('a process that gets no time while it should serve: who came meanwhile is answered', async t => {
+  const { url: upstream } = await startSandbox(t)
+  const { child, exit, until } = startProcess(t, SERVER, [], { MIXPANEL_TOKEN: TOKEN, MIXPANEL_URL: upstream, PORT: '0', SHUTDOWN_DELAY_MS: '500' })
+  const [, url] = await until(/Server listening at (http:[^"]+)"/)
+  const post = async () => (await fetch(`${url}/identify`, {
+    method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify(identity())
+  })).status
+  await Promise.all(Array.from({ length: 10 }, post))
+  child.kill('SIGTERM')
+  await until(/"draining"/)
+  child.kill('SIGSTOP')
+  // On the connections that are open, and on new ones.
+  const waiting = Promise.all(Array.from({ length: 30 }, post))
+  await sleep(700)
+  child.kill('SIGCONT')
+  t.same(new Set(await waiting), new Set([200]))
+  t.equal(await exit, 0)
 })
 
 t.test('what hangs longer than SHUTDOWN_TIMEOUT_MS is given up, and a second signal ends it at once', async t => {
