@@ -79,11 +79,12 @@ function start (t: Test, count: number, answer: (items: Item[]) => Verdict[], en
   }
 }
 
-t.test('full arrays, eight at a time, oldest first', async t => {
-  const { arrays, pass, waiting, drain } = start(t, 1000, items => items.map(() => accepted))
+t.test('full arrays, six at a time, oldest first', async t => {
+  const { arrays, rounds, pass, waiting, drain } = start(t, 1000, items => items.map(() => accepted))
   await pass(0)
   t.equal(waiting(), 0)
   t.same(arrays.map(array => array.length), Array.from({ length: 20 }, () => 50))
+  t.same(rounds.map(round => round.arrays.length), [6, 6, 6, 2])
   t.same(arrays.flat(), Array.from({ length: 1000 }, (_, index) => `user-${index}`))
   await drain.stop()
 })
