@@ -1,3 +1,5 @@
+import { createCount } from './count.ts'
+
 export interface BatcherOptions<Item, Result> {
   /** Sends 1 to `maxBatch` items; resolves with a result for each, in order. A rejection reaches every caller. */
   send: (items: Item[]) => Promise<Result[]>
@@ -35,11 +37,10 @@ export function createBatcher<Item, Result> ({
   send, maxBatch, freeSends = Infinity, maxSends = Infinity, maxItems = Infinity, late, isAlone = () => false
 }: BatcherOptions<Item, Result>) {
   const queue: Entry<Item, Result>[] = []
-  let items = 0
+  const items = createCount()
   let sends = 0
   let isScheduled = false
   let expiry: NodeJS.Timeout | undefined
-  let onIdle = () => {}
 
   /** True if what is first in the queue may leave now. */
   function mayLeave (): boolean {
@@ -66,8 +67,7 @@ export function createBatcher<Item, Result> ({
       for (const { reject } of batch) reject(error)
     }
     sends--
-    items -= batch.length
-    if (items === 0) onIdle()
+    items.down(batch.length)
     dispatch()
   }
 
@@ -81,8 +81,8 @@ export function createBatcher<Item, Result> ({
   function expire ({ afterMs, result }: { afterMs: number, result: Result }): void {
     expiry = undefined
     while (queue[0] !== undefined && queue[0].since + afterMs <= performance.now()) {
-      items--
       queue.shift()?.resolve(result)
+      items.down()
     }
     watch()
   }
@@ -90,8 +90,8 @@ export function createBatcher<Item, Result> ({
   return {
     /** The item's own result; undefined, at once, where `maxItems` wait already. */
     add (item: Item): Promise<Result> | undefined {
-      if (items >= maxItems) return undefined
-      items++
+      if (items.now() >= maxItems) return undefined
+      items.up()
       return new Promise((resolve, reject) => {
         queue.push({ item, since: performance.now(), resolve, reject })
         if (isScheduled) return
@@ -101,8 +101,8 @@ export function createBatcher<Item, Result> ({
       })
     },
     /** How many items wait, those being sent included. */
-    waiting: () => items,
+    waiting: items.now,
     /** Resolves when no item waits any more. */
-    idle: () => items === 0 ? Promise.resolve() : new Promise<void>(resolve => { onIdle = resolve })
+    idle: items.idle
   }
 }

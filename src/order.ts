@@ -1,3 +1,5 @@
+import { createCount } from './count.ts'
+
 /**
  * Keeps those apart who claim the same thing at the same time. The first one's work runs; the others wait in line until
  * it has ended, then the next one's runs. Where `isDecided` says so of a result, the order of those in line no longer
@@ -6,11 +8,10 @@
 export function createOrder<Result> (isDecided: (result: Result) => boolean) {
   /** Those in line behind the one whose work runs. */
   const lines = new Map<string, ((isFirst: boolean) => void)[]>()
-  let waiting = 0
-  let onIdle = () => {}
+  const waiting = createCount()
 
   async function run (claim: string, work: () => Promise<Result>): Promise<Result> {
-    waiting++
+    waiting.up()
     const line = lines.get(claim)
     if (line === undefined) lines.set(claim, [])
     const isFirst = line === undefined || await new Promise<boolean>(resolve => line.push(resolve))
@@ -21,7 +22,7 @@ export function createOrder<Result> (isDecided: (result: Result) => boolean) {
       return result
     } finally {
       if (isFirst) endTurn(claim, isOver)
-      if (--waiting === 0) onIdle()
+      waiting.down()
     }
   }
 
@@ -37,8 +38,8 @@ export function createOrder<Result> (isDecided: (result: Result) => boolean) {
     /** The result of `work`, which begins when nobody before it claims the same. */
     run,
     /** How many have no result yet. */
-    waiting: () => waiting,
+    waiting: waiting.now,
     /** Resolves when all have their result. */
-    idle: () => waiting === 0 ? Promise.resolve() : new Promise<void>(resolve => { onIdle = resolve })
+    idle: waiting.idle
   }
 }
