@@ -1,7 +1,9 @@
 /** Opens after so many failures in a row (Envoy's number). */
 const FAILURES = 5
 const FIRST_PROBE_MS = 1000
-const LAST_PROBE_MS = 30_000
+
+/** While Mixpanel is out of reach it is asked at least this often. */
+export const LAST_PROBE_MS = 30_000
 
 /**
  * Stops asking what keeps failing. After five failures in a row it is open: nothing is admitted but one probe at a

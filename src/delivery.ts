@@ -3,7 +3,7 @@ import { createBreaker } from './breaker.ts'
 import type { Config } from './config.ts'
 import type { IdentifyEvent } from './event.ts'
 import type { Log } from './log.ts'
-import type { Mixpanel } from './mixpanel.ts'
+import { CONNECTIONS, type Mixpanel } from './mixpanel.ts'
 import { isOutage, isTooLarge, TEMPORARY, type Verdict } from './verdict.ts'
 
 /**
@@ -18,8 +18,8 @@ export interface Item {
   endpoint?: 'import' | undefined
 }
 
-/** How many requests to Mixpanel may be under way at all: there are that many connections. */
-export const MAX_SENDS = 64
+/** How many requests to Mixpanel may be under way at all. */
+export const MAX_SENDS = CONNECTIONS
 
 /** Repeats under way: a fifth of the sends, but always a few, so that an outage does not double the traffic. */
 const RETRY_SHARE = 0.2

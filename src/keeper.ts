@@ -5,7 +5,7 @@ import type { Log } from './log.ts'
 import { createOrder } from './order.ts'
 import { createDrain } from './outbox/drain.ts'
 import type { Outbox } from './outbox/outbox.ts'
-import { isForLater, isUntaken, type Verdict } from './verdict.ts'
+import { isForLater, isUntaken, OVERLOADED, type Verdict } from './verdict.ts'
 
 interface Dependencies {
   outbox: Outbox
@@ -15,7 +15,7 @@ interface Dependencies {
   log: Log
 }
 
-const overloaded = (reason: string): Verdict => ({ code: 'overloaded', retryAfter: 1, reason })
+const overloaded = (reason: string): Verdict => ({ ...OVERLOADED, reason })
 const NOT_KEPT = overloaded('The outbox is full, or cannot write: it was not kept.')
 const OUT_OF_REACH = overloaded('The outbox is out of reach: it was neither sent nor kept.')
 const PERHAPS_KEPT = overloaded('The outbox did not answer in time, and may have kept it: a repeat is safe.')
@@ -68,7 +68,7 @@ export function createKeeper (config: Config, { outbox, delivery, send, log }: D
   return {
     /** The verdict of an identity: as by `send`, or `queued` once it is on disk. `isAsync`: Mixpanel is not asked. */
     async identify (item: Item, isAsync: boolean): Promise<Verdict> {
-      if (order.waiting() >= config.MAX_IN_FLIGHT) return { code: 'overloaded', retryAfter: 1 }
+      if (order.waiting() >= config.MAX_IN_FLIGHT) return OVERLOADED
       return order.run(claimOf(item.event), () => isAsync ? keep(item.event, 'respond-async') : sendOrKeep(item))
     },
 

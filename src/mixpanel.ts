@@ -15,6 +15,9 @@ export type Mixpanel = ReturnType<typeof createMixpanel>
 
 const BASE_URLS = { us: 'https://api.mixpanel.com', eu: 'https://api-eu.mixpanel.com', in: 'https://api-in.mixpanel.com' }
 
+/** How many requests may be under way at a time: more wait for a connection. */
+export const CONNECTIONS = 64
+
 /** Real answers have a few hundred bytes; an edge's error page may have megabytes. */
 const MAX_ANSWER_BYTES = 65_536
 
@@ -37,7 +40,7 @@ export function createMixpanel (config: Config) {
   const { origin, pathname } = new URL(baseUrl(config))
   const path = pathname === '/' ? '' : pathname
   const pool = new Pool(origin, {
-    connections: 64,
+    connections: CONNECTIONS,
     // A pool under traffic never resolves its host again by itself; this makes it follow DNS.
     clientTtl: 60_000,
     // Below the idle time of any server we know, or a request meets a connection that is just being closed.

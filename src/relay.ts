@@ -7,7 +7,7 @@ import { createKeeper } from './keeper.ts'
 import type { Log } from './log.ts'
 import type { Mixpanel } from './mixpanel.ts'
 import type { Outbox } from './outbox/outbox.ts'
-import type { Verdict } from './verdict.ts'
+import { OVERLOADED, type Verdict } from './verdict.ts'
 
 export type Relay = ReturnType<typeof createRelay>
 
@@ -37,8 +37,7 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
     late: { afterMs: config.DEADLINE_MS * 0.9, result: NEVER_SENT },
     isAlone: item => item.isStrict
   })
-  const send = (item: Item): Promise<Verdict> =>
-    batcher.add(item) ?? Promise.resolve({ code: 'overloaded', retryAfter: 1 })
+  const send = (item: Item): Promise<Verdict> => batcher.add(item) ?? Promise.resolve(OVERLOADED)
   const keeper = outbox && createKeeper(config, { outbox, send, delivery, log })
 
   return {

@@ -25,6 +25,9 @@ export type Verdict =
   | { code: 'mixpanel_unavailable', retryAfter: number }
   | { code: 'overloaded', retryAfter: number, reason?: string }
 
+/** More wait than may. */
+export const OVERLOADED = { code: 'overloaded', retryAfter: 1 } as const satisfies Verdict
+
 /** Mixpanel documents no Retry-After, but a backoff that starts at 2 s and ends at 60 s. */
 const RETRY_AFTER_SECONDS = { least: 1, usual: 2, most: 60 }
 

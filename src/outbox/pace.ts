@@ -1,11 +1,10 @@
+import { LAST_PROBE_MS } from '../breaker.ts'
+
 /** While others are taken, what failed is tried again after this long, whatever its backoff is. */
 const RECOVERED_MS = 5000
 
 /** A store that failed may be well again after this long. */
 const FAILED_MS = 1000
-
-/** While Mixpanel is out of reach it is probed at least as often as the breaker lets callers do it. */
-const LAST_PROBE_MS = 30_000
 
 /** Mixpanel's advice: begin with 2 s, double up to 60 s, and add 1 to 5 s by chance. `failures` counts from 1. */
 export const backoffMs = (failures: number) => Math.min(1000 * 2 ** failures, 60_000) + 1000 + Math.random() * 4000

@@ -1,3 +1,4 @@
+import type { Server } from 'node:http'
 import { setImmediate } from 'node:timers/promises'
 import fp from 'fastify-plugin'
 import type { Relay } from '../relay.ts'
@@ -26,7 +27,7 @@ export const draining = fp<{ relay: Relay }>(async (app, { relay }) => {
   app.decorate('drain', () => { state = 'draining' })
   app.decorate('isDraining', () => state !== 'serving')
   app.addHook('preClose', async () => {
-    await readWhatCame()
+    await readWhatCame(app.server)
     state = 'closing'
     // Node waits for every connection, silent and stalled ones included, and once it closes it times none of them out.
     let isIdle = false
@@ -35,17 +36,6 @@ export const draining = fp<{ relay: Relay }>(async (app, { relay }) => {
       isIdle = relay.state().waiting === 0
     }, LAST_REQUEST_MS / 2)
   })
-
-  /** Where the process got no time for a while, it is told to close before it has read what came meanwhile. */
-  async function readWhatCame (): Promise<void> {
-    let connections = 0
-    app.server.on('connection', () => connections++)
-    const end = performance.now() + LAST_LOOK_MS
-    for (let quiet = 0, before = 0; quiet < QUIET_TURNS && performance.now() < end; before = connections) {
-      await setImmediate()
-      quiet = connections === before ? quiet + 1 : 0
-    }
-  }
   app.addHook('onClose', async () => clearInterval(timer))
   app.addHook('onRequest', (request, reply, done) => {
     if (state === 'closing' && request.method === 'POST') return reply.problem('draining', { retryAfter: 1 })
@@ -57,3 +47,14 @@ export const draining = fp<{ relay: Relay }>(async (app, { relay }) => {
     done(null, payload)
   })
 })
+
+/** Where the process got no time for a while, it is told to close before it has read what came meanwhile. */
+async function readWhatCame (server: Server): Promise<void> {
+  let connections = 0
+  server.on('connection', () => connections++)
+  const end = performance.now() + LAST_LOOK_MS
+  for (let quiet = 0, before = 0; quiet < QUIET_TURNS && performance.now() < end; before = connections) {
+    await setImmediate()
+    quiet = connections === before ? quiet + 1 : 0
+  }
+}
