@@ -1,3 +1,4 @@
+import { hash } from 'node:crypto'
 import { isIP } from 'node:net'
 import { FormatRegistry, Type, type Static, type TSchema } from '@sinclair/typebox'
 import { Value } from '@sinclair/typebox/value'
@@ -109,6 +110,11 @@ export function readConfig (env: Env, readFile: (path: string) => string): Confi
 /** True for addresses that only this machine can reach. */
 export function isLoopback (host: string): boolean {
   return host === 'localhost' || host === '::1' || (isIP(host) === 4 && host.startsWith('127.'))
+}
+
+/** Tells projects apart where the token must not be: in the outbox, whose identities belong to one project for good. */
+export function projectOf ({ MIXPANEL_TOKEN: token, MIXPANEL_PROJECT_ID: id = '' }: Config): string {
+  return hash('sha256', `identify-relay:${token}:${id}`).slice(0, 12)
 }
 
 function contradictions (config: Config, env: Env): string[] {

@@ -2,14 +2,14 @@ import { readFileSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import closeWithGrace from 'close-with-grace'
 import { pino } from 'pino'
-import { buildApp } from './app.ts'
+import { buildApp } from './http/app.ts'
 import { ConfigError, isLoopback, readConfig, SECRETS, type Config } from './config.ts'
-import { baseUrl, createMixpanel } from './mixpanel.ts'
-import { command } from './outbox/command.ts'
-import { takeOrders } from './outbox/control.ts'
+import { baseUrl, createMixpanel } from './mixpanel/client.ts'
+import { command } from './commands/outbox.ts'
+import { takeOrders } from './commands/admin-socket.ts'
 import { directoryOf, openConnection, openOutbox } from './outbox/open.ts'
-import { operate, OrderError } from './outbox/operators.ts'
-import { createRelay } from './relay.ts'
+import { operate, OrderError } from './commands/admin.ts'
+import { createRelay } from './relay/relay.ts'
 
 const commands = new Map(Object.entries({
   serve,
@@ -60,7 +60,8 @@ process.on('exit', () => {
 
 /** Loaded when it is first asked for, and made once. */
 let description: Promise<{ document: object, yaml: string }> | undefined
-const describe = (config: Config) => (description ??= import('./openapi.ts').then(({ openapi }) => openapi(config)))
+const describe = (config: Config) =>
+  (description ??= import('./http/openapi.ts').then(({ openapi }) => openapi(config)))
 
 async function serve (config: Config): Promise<void> {
   const logger = pino({ level: config.LOG_LEVEL, base: null }, log)

@@ -1,13 +1,13 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
 import { identity, startRelay } from './helper.ts'
-import { createBatcher } from '../src/batcher.ts'
-import { createBreaker } from '../src/breaker.ts'
+import { createBatcher } from '../src/concurrency/batcher.ts'
+import { createBreaker } from '../src/mixpanel/breaker.ts'
 import { readConfig } from '../src/config.ts'
-import { createDelivery } from '../src/delivery.ts'
-import { identifyEvent } from '../src/event.ts'
-import type { Mixpanel } from '../src/mixpanel.ts'
-import type { Verdict } from '../src/verdict.ts'
+import { createDelivery } from '../src/mixpanel/delivery.ts'
+import { identifyEvent } from '../src/identity/event.ts'
+import type { Mixpanel } from '../src/mixpanel/client.ts'
+import type { Verdict } from '../src/identity/verdict.ts'
 
 type Relay = Awaited<ReturnType<typeof startRelay>>
 

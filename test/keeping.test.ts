@@ -1,9 +1,9 @@
 import { randomUUID } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
-import { claimOf, identifyEvent } from '../src/event.ts'
-import { operate } from '../src/outbox/operators.ts'
-import { createOrder } from '../src/order.ts'
+import { claimOf, identifyEvent } from '../src/identity/event.ts'
+import { operate } from '../src/commands/admin.ts'
+import { createOrder } from '../src/concurrency/keyed-mutex.ts'
 import { identity, startRelay } from './helper.ts'
 import { brokenPromises, type Call } from './ledger.ts'
 

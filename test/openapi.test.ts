@@ -3,8 +3,8 @@ import { Validator } from '@seriousme/openapi-schema-validator'
 import { t } from 'tap'
 import { parse } from 'yaml'
 import { startRelay } from './helper.ts'
-import { openapi } from '../src/openapi.ts'
-import { PROBLEMS } from '../src/problem.ts'
+import { openapi } from '../src/http/openapi.ts'
+import { PROBLEMS } from '../src/http/problem.ts'
 
 t.test('openapi.yaml is what the routes say, is served, and is valid', async t => {
   const { inject, config } = await startRelay(t)

@@ -1,6 +1,5 @@
-import type { Config } from '../config.ts'
+import { projectOf, type Config } from '../config.ts'
 import type { Log } from '../log.ts'
-import { projectOf } from '../mixpanel.ts'
 import { connectRedis, type Redis } from '../redis.ts'
 import { DirectoryInUse, type Outbox } from './outbox.ts'
 

@@ -1,4 +1,4 @@
-import type { IdentifyEvent } from '../event.ts'
+import type { IdentifyEvent } from '../identity/event.ts'
 import type { Log } from '../log.ts'
 
 /** An identity that waits: its event, without the token, exactly as it was accepted. */

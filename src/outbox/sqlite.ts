@@ -1,5 +1,5 @@
-import { createBatcher } from '../batcher.ts'
-import { claimOf, type IdentifyEvent } from '../event.ts'
+import { createBatcher } from '../concurrency/batcher.ts'
+import { claimOf, type IdentifyEvent } from '../identity/event.ts'
 import type { Log } from '../log.ts'
 import { openDirectory } from './directory.ts'
 import { MAX_ENTRIES, MAX_TAKE_BYTES, seldom, type DeadLetter, type Entry, type Outbox } from './outbox.ts'

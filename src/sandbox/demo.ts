@@ -1,10 +1,10 @@
 import { randomUUID } from 'node:crypto'
 import { pino } from 'pino'
-import { buildApp } from '../app.ts'
+import { buildApp } from '../http/app.ts'
 import { readConfig } from '../config.ts'
-import { createMixpanel } from '../mixpanel.ts'
-import { openapi } from '../openapi.ts'
-import { createRelay } from '../relay.ts'
+import { createMixpanel } from '../mixpanel/client.ts'
+import { openapi } from '../http/openapi.ts'
+import { createRelay } from '../relay/relay.ts'
 import { createSandbox } from './app.ts'
 
 /** The relay before a stand-in for Mixpanel, in one process: some identities to look at, then yours. */

@@ -1,4 +1,4 @@
-import { LAST_PROBE_MS } from '../breaker.ts'
+import { LAST_PROBE_MS } from '../mixpanel/breaker.ts'
 
 /** While others are taken, what failed is tried again after this long, whatever its backoff is. */
 const RECOVERED_MS = 5000

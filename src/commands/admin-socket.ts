@@ -3,7 +3,7 @@ import { chmodSync, rmSync } from 'node:fs'
 import { createServer, request, type IncomingMessage } from 'node:http'
 import { join } from 'node:path'
 import { text } from 'node:stream/consumers'
-import { OrderError } from './operators.ts'
+import { OrderError } from './admin.ts'
 
 /** The shortest limit of the systems that Node runs on. */
 const MAX_PATH = 103

@@ -1,9 +1,8 @@
-import { hash } from 'node:crypto'
 import { createRequire } from 'node:module'
 import type undici from 'undici'
-import type { Config } from './config.ts'
-import type { IdentifyEvent } from './event.ts'
-import { interpretBody, interpretError, interpretStatus, type Verdict } from './verdict.ts'
+import type { Config } from '../config.ts'
+import type { IdentifyEvent } from '../identity/event.ts'
+import { interpretBody, interpretError, interpretStatus, type Verdict } from '../identity/verdict.ts'
 
 /** A request to Mixpanel, ready to be sent any number of times. */
 export interface Encoded { path: string, headers: Record<string, string>, body: string }
@@ -24,11 +23,6 @@ const MAX_ANSWER_BYTES = 65_536
 /** The base URL that the configuration names, without a slash at its end. */
 export function baseUrl (config: Pick<Config, 'MIXPANEL_URL' | 'MIXPANEL_REGION'>): string {
   return (config.MIXPANEL_URL ?? BASE_URLS[config.MIXPANEL_REGION]).replace(/\/+$/, '')
-}
-
-/** Tells projects apart where the token must not be: in the outbox, whose identities belong to one project for good. */
-export function projectOf ({ MIXPANEL_TOKEN: token, MIXPANEL_PROJECT_ID: id = '' }: Config): string {
-  return hash('sha256', `identify-relay:${token}:${id}`).slice(0, 12)
 }
 
 const base64 = (text: string) => Buffer.from(text).toString('base64')

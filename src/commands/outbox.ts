@@ -1,9 +1,9 @@
 import { existsSync } from 'node:fs'
 import type { Config } from '../config.ts'
-import { giveOrder } from './control.ts'
-import { directoryOf, openConnection, openOutbox } from './open.ts'
-import { operate, OrderError } from './operators.ts'
-import { DirectoryInUse } from './outbox.ts'
+import { giveOrder } from './admin-socket.ts'
+import { directoryOf, openConnection, openOutbox } from '../outbox/open.ts'
+import { operate, OrderError } from './admin.ts'
+import { DirectoryInUse } from '../outbox/outbox.ts'
 
 const nothing = () => {}
 const silent = { debug: nothing, info: nothing, warn: nothing, error: nothing }

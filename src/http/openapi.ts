@@ -1,8 +1,8 @@
 import swagger from '@fastify/swagger'
 import { pino } from 'pino'
 import { buildApp } from './app.ts'
-import type { Config } from './config.ts'
-import type { Relay } from './relay.ts'
+import type { Config } from '../config.ts'
+import type { Relay } from '../relay/relay.ts'
 
 const about = {
   openapi: '3.1.0',

@@ -1,6 +1,6 @@
 import type { FastifyPluginAsyncTypebox } from '@fastify/type-provider-typebox'
 import { Type } from '@sinclair/typebox'
-import type { Relay } from '../relay.ts'
+import type { Relay } from '../../relay/relay.ts'
 
 const Health = Type.Object({
   status: Type.String({ examples: ['ready'] }),

@@ -1,7 +1,7 @@
 import { setImmediate } from 'node:timers/promises'
 import type { Config } from '../config.ts'
-import type { DeadLetter, Entry, Outbox } from './outbox.ts'
-import { isTooOld } from './round.ts'
+import type { DeadLetter, Entry, Outbox } from '../outbox/outbox.ts'
+import { isTooOld } from '../relay/plan.ts'
 
 /** How many are read at a time. */
 const PAGE = 500

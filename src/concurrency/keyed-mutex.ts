@@ -1,4 +1,4 @@
-import { createCount } from './count.ts'
+import { createCount } from './in-flight.ts'
 
 /**
  * Keeps those apart who claim the same thing at the same time. The first one's work runs; the others wait in line until

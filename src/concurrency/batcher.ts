@@ -1,4 +1,4 @@
-import { createCount } from './count.ts'
+import { createCount } from './in-flight.ts'
 
 export interface BatcherOptions<Item, Result> {
   /** Sends 1 to `maxBatch` items; resolves with a result for each, in order. A rejection reaches every caller. */

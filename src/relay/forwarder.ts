@@ -1,13 +1,13 @@
 import { setImmediate } from 'node:timers/promises'
 import type { Config } from '../config.ts'
-import type { Delivery } from '../delivery.ts'
-import { claimOf } from '../event.ts'
+import type { Delivery } from '../mixpanel/delivery.ts'
+import { claimOf } from '../identity/event.ts'
 import type { Log } from '../log.ts'
-import type { Verdict } from '../verdict.ts'
-import type { Entry, Outbox } from './outbox.ts'
-import { backoffMs, createPace } from './pace.ts'
-import { choose, finalReason, isFailure, isLimit, isTooOld, isUnasked, maxRound, newPass } from './round.ts'
-import { createSuspects } from './suspects.ts'
+import type { Verdict } from '../identity/verdict.ts'
+import type { Entry, Outbox } from '../outbox/outbox.ts'
+import { backoffMs, createPace } from './pauses.ts'
+import { choose, finalReason, isFailure, isLimit, isTooOld, isUnasked, maxRound, newPass } from './plan.ts'
+import { createSuspects } from './quarantine.ts'
 
 interface Outcome { entry: Entry, verdict: Verdict }
 

@@ -2,10 +2,10 @@ import { setImmediate } from 'node:timers/promises'
 import type { FastifyPluginAsyncTypebox } from '@fastify/type-provider-typebox'
 import { Type } from '@sinclair/typebox'
 import type { FastifyContextConfig } from 'fastify'
-import { brokenRules, Identity, surplusNames, type FieldError } from '../identity.ts'
+import { brokenRules, Identity, surplusNames, type FieldError } from '../../identity/identity.ts'
 import { asFieldErrors, fieldErrors, problemBody, problemResponses, type Extras, type ProblemCode } from '../problem.ts'
-import type { Relay } from '../relay.ts'
-import { answerQueued, asProblem, BODY_TYPES, forIdentities, Headers, prefersAsync } from './answers.ts'
+import type { Relay } from '../../relay/relay.ts'
+import { answerQueued, asProblem, BODY_TYPES, forIdentities, Headers, prefersAsync } from './responses.ts'
 
 declare module 'fastify' {
   interface FastifyContextConfig {

@@ -1,9 +1,9 @@
 import type { FastifyPluginAsyncTypebox } from '@fastify/type-provider-typebox'
 import { Type } from '@sinclair/typebox'
-import { brokenRules, Identity } from '../identity.ts'
+import { brokenRules, Identity } from '../../identity/identity.ts'
 import { fieldErrors, problemResponses } from '../problem.ts'
-import type { Relay } from '../relay.ts'
-import { answerQueued, asProblem, BODY_TYPES, forIdentities, Headers, prefersAsync } from './answers.ts'
+import type { Relay } from '../../relay/relay.ts'
+import { answerQueued, asProblem, BODY_TYPES, forIdentities, Headers, prefersAsync } from './responses.ts'
 
 const Flag = (description: string) =>
   Type.Optional(Type.Unsafe<'0' | '1'>({ type: 'string', enum: ['0', '1'], description }))

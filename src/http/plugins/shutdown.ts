@@ -1,7 +1,7 @@
 import type { Server } from 'node:http'
 import { setImmediate } from 'node:timers/promises'
 import fp from 'fastify-plugin'
-import type { Relay } from '../relay.ts'
+import type { Relay } from '../../relay/relay.ts'
 
 declare module 'fastify' {
   interface FastifyInstance {

@@ -1,4 +1,4 @@
-import { backoffMs } from './pace.ts'
+import { backoffMs } from './pauses.ts'
 
 /** Beyond that the oldest is forgotten, and sent together with others again. */
 const MOST = 1000

@@ -1,13 +1,13 @@
-import { createBatcher } from './batcher.ts'
-import type { Config } from './config.ts'
-import { createDelivery, MAX_SENDS, NEVER_SENT, type Item } from './delivery.ts'
-import { identifyEvent, type IdentifyEvent } from './event.ts'
-import type { Identity } from './identity.ts'
-import { createKeeper } from './keeper.ts'
-import type { Log } from './log.ts'
-import type { Mixpanel } from './mixpanel.ts'
-import type { Outbox } from './outbox/outbox.ts'
-import { OVERLOADED, type Verdict } from './verdict.ts'
+import { createBatcher } from '../concurrency/batcher.ts'
+import type { Config } from '../config.ts'
+import { createDelivery, MAX_SENDS, NEVER_SENT, type Item } from '../mixpanel/delivery.ts'
+import { identifyEvent, type IdentifyEvent } from '../identity/event.ts'
+import type { Identity } from '../identity/identity.ts'
+import { createKeeper } from './store-and-forward.ts'
+import type { Log } from '../log.ts'
+import type { Mixpanel } from '../mixpanel/client.ts'
+import type { Outbox } from '../outbox/outbox.ts'
+import { OVERLOADED, type Verdict } from '../identity/verdict.ts'
 
 export type Relay = ReturnType<typeof createRelay>
 

@@ -1,7 +1,7 @@
 import { STATUS_CODES } from 'node:http'
 import { Type } from '@sinclair/typebox'
 import type { FastifyRequest, FastifySchemaValidationError } from 'fastify'
-import { escapePointer, type FieldError } from './identity.ts'
+import { escapePointer, type FieldError } from '../identity/identity.ts'
 
 /** The one table of what can go wrong: its HTTP status, whether a repeat may succeed, and a sentence for people. */
 export const PROBLEMS = {

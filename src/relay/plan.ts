@@ -1,8 +1,8 @@
 import type { Config } from '../config.ts'
-import { claimOf } from '../event.ts'
-import { isTooLarge, type Verdict } from '../verdict.ts'
-import type { Entry } from './outbox.ts'
-import type { Suspects } from './suspects.ts'
+import { claimOf } from '../identity/event.ts'
+import { isTooLarge, type Verdict } from '../identity/verdict.ts'
+import type { Entry } from '../outbox/outbox.ts'
+import type { Suspects } from './quarantine.ts'
 
 /** How many arrays may be under way at a time, and how many with a suspect: five failures open the breaker. */
 const ARRAYS = 8

@@ -1,10 +1,10 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { createBreaker } from './breaker.ts'
-import type { Config } from './config.ts'
-import type { IdentifyEvent } from './event.ts'
-import type { Log } from './log.ts'
-import { CONNECTIONS, type Mixpanel } from './mixpanel.ts'
-import { isOutage, isTooLarge, TEMPORARY, type Verdict } from './verdict.ts'
+import type { Config } from '../config.ts'
+import type { IdentifyEvent } from '../identity/event.ts'
+import type { Log } from '../log.ts'
+import { CONNECTIONS, type Mixpanel } from './client.ts'
+import { isOutage, isTooLarge, TEMPORARY, type Verdict } from '../identity/verdict.ts'
 
 /**
  * An event on its way. `deadline` (by performance.now(), whatever the clock does) is its caller's; for a batch the

@@ -1,9 +1,8 @@
 import { createRequire } from 'node:module'
 import rateLimit, { normalizeIP, type FastifyRateLimitStore, type FastifyRateLimitStoreCtor } from '@fastify/rate-limit'
 import fp from 'fastify-plugin'
-import type { Config } from '../config.ts'
-import { projectOf } from '../mixpanel.ts'
-import { inTime, SOON_MS, type Redis } from '../redis.ts'
+import { projectOf, type Config } from '../../config.ts'
+import { inTime, SOON_MS, type Redis } from '../../redis.ts'
 
 /** With the default of 5,000 a caller who is out of his limit is forgotten as soon as 5,000 others came. */
 const CACHE = 100_000

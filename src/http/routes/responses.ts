@@ -1,7 +1,7 @@
 import { Type } from '@sinclair/typebox'
 import type { FastifyReply } from 'fastify'
 import type { Extras, ProblemCode } from '../problem.ts'
-import type { Verdict } from '../verdict.ts'
+import type { Verdict } from '../../identity/verdict.ts'
 
 /** Of both routes: they report what the schema found together with the rules that no schema can express. */
 export const forIdentities = { attachValidation: true, config: { rateLimit: {} } }

@@ -1,11 +1,11 @@
-import type { Config } from './config.ts'
-import { NEVER_SENT, type Delivery, type Item } from './delivery.ts'
-import { claimOf, type IdentifyEvent } from './event.ts'
-import type { Log } from './log.ts'
-import { createOrder } from './order.ts'
-import { createDrain } from './outbox/drain.ts'
-import type { Outbox } from './outbox/outbox.ts'
-import { isForLater, isUntaken, OVERLOADED, type Verdict } from './verdict.ts'
+import type { Config } from '../config.ts'
+import { NEVER_SENT, type Delivery, type Item } from '../mixpanel/delivery.ts'
+import { claimOf, type IdentifyEvent } from '../identity/event.ts'
+import type { Log } from '../log.ts'
+import { createOrder } from '../concurrency/keyed-mutex.ts'
+import { createDrain } from './forwarder.ts'
+import type { Outbox } from '../outbox/outbox.ts'
+import { isForLater, isUntaken, OVERLOADED, type Verdict } from '../identity/verdict.ts'
 
 interface Dependencies {
   outbox: Outbox
