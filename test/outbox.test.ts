@@ -7,7 +7,7 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import Database from 'libsql'
 import { t, type Test } from 'tap'
-import { claimOf, identifyEvent } from '../src/identity/event.ts'
+import { identifyEvent } from '../src/identity/event.ts'
 import { giveOrder, takeOrders } from '../src/commands/admin-socket.ts'
 import { openRedis } from '../src/outbox/redis.ts'
 import type { Entry, Outbox } from '../src/outbox/outbox.ts'
@@ -29,7 +29,7 @@ async function contract (t: Test, open: (maxEntries?: number) => Promise<Outbox>
   t.same(await outbox.dead(10), [])
 
   const events = Array.from({ length: 2500 }, () => event())
-  t.equal(await outbox.holds(claimOf(events[0]!)), false)
+  t.equal(await outbox.holds(events[0]!.anonKey), false)
   const kept = await Promise.all(events.map(one => outbox.put(one)))
   t.same(new Set(kept), new Set([true]))
   t.same(outbox.counts(), { waiting: 2500, dead: 0 })
@@ -53,24 +53,24 @@ async function contract (t: Test, open: (maxEntries?: number) => Promise<Outbox>
     const anon = randomUUID() as string
     const two = [event(anon.toUpperCase()), event(`$device:${anon}`)]
     for (const one of two) t.ok(await outbox.put(one))
-    t.equal(claimOf(two[0]!), claimOf(two[1]!))
+    t.equal(two[0]!.anonKey, two[1]!.anonKey)
     const bystander = event()
     t.ok(await outbox.put(bystander))
     const mine: Entry[] = []
     for (let entries = await outbox.take(2000); entries.length > 0; entries = await outbox.take(2000)) {
-      mine.push(...entries.filter(entry => two.some(one => one.properties.$anon_id === entry.event.properties.$anon_id)))
+      mine.push(...entries.filter(entry => two.some(one => one.json === entry.event.json)))
       await outbox.done(entries.filter(entry => !mine.includes(entry)))
       if (mine.length === 2) break
     }
     t.ok(await outbox.put(bystander))
-    t.equal(await outbox.holds(claimOf(two[0]!)), true)
+    t.equal(await outbox.holds(two[0]!.anonKey), true)
     await outbox.done(mine.slice(0, 1))
-    t.equal(await outbox.holds(claimOf(two[0]!)), true)
+    t.equal(await outbox.holds(two[0]!.anonKey), true)
     await outbox.bury([{ entry: mine[1]!, reason: 'because "so"\nit is' }])
-    t.equal(await outbox.holds(claimOf(two[0]!)), false)
-    t.equal(await outbox.holds(claimOf(events[2499]!)), false)
+    t.equal(await outbox.holds(two[0]!.anonKey), false)
+    t.equal(await outbox.holds(events[2499]!.anonKey), false)
     t.same(outbox.counts(), { waiting: 1, dead: 1 })
-    t.equal(await outbox.holds(claimOf(bystander)), true)
+    t.equal(await outbox.holds(bystander.anonKey), true)
     await outbox.done(await outbox.take(10))
     t.same(outbox.counts(), { waiting: 0, dead: 1 })
   })
@@ -91,7 +91,7 @@ async function contract (t: Test, open: (maxEntries?: number) => Promise<Outbox>
     t.equal(await outbox.drop([letters[0]!]), 0)
     t.equal(await outbox.replay([{ id: letters[4]!.id, endpoint: 'import' }, { id: letters[3]!.id }, { id: letters[2]!.id }]), 2)
     t.same(outbox.counts(), { waiting: 2, dead: 1 })
-    t.equal(await outbox.holds(claimOf(four[3]!.event)), true)
+    t.equal(await outbox.holds(four[3]!.event.anonKey), true)
     const again = await outbox.take(10)
     t.match(again, [{ event: four[3]?.event, endpoint: 'import' }, { event: four[2]?.event }])
     t.notOk('endpoint' in again[1]!)
@@ -156,8 +156,7 @@ t.test('SQLite: one process, one project, only its owner\'s', async t => {
 t.test('SQLite: what cannot be written is not kept, and says so once a second', async t => {
   const said: string[] = []
   const outbox = openSqlite(t.testdir({}), 'a-project', { ...silent, error: (what, message) => { said.push(message) } })
-  const unwritable = event()
-  Object.assign(unwritable.properties, { toJSON () { throw new Error('cannot be written') } })
+  const unwritable = { ...event(), get json (): string { throw new Error('cannot be written') } }
   t.same(await Promise.all([outbox.put(event()), outbox.put(unwritable)]), [false, false], 'all of a commit or none')
   t.equal(await outbox.put(unwritable), false)
   t.same(said, ['the outbox keeps nothing'])
@@ -349,9 +348,9 @@ t.test('Redis: who deletes by hand leaves no claim behind', needsRedis, async t 
   await Promise.all([outbox.put(one), outbox.put(other)])
   const [first, second] = await outbox.take(2)
   await redis.xdel('{identify-relay:a-project}:waiting', first!.id)
-  t.equal(await outbox.holds(claimOf(one)), true)
+  t.equal(await outbox.holds(one.anonKey), true)
   await outbox.done([second!])
-  t.equal(await outbox.holds(claimOf(one)), false)
+  t.equal(await outbox.holds(one.anonKey), false)
   await outbox.close()
 })
 

@@ -1,5 +1,6 @@
 import { setImmediate } from 'node:timers/promises'
 import type { Config } from '../config.ts'
+import { parseEvent } from '../identity/event.ts'
 import type { DeadLetter, Entry, Outbox } from '../outbox/outbox.ts'
 import { isTooOld } from '../relay/plan.ts'
 
@@ -57,9 +58,9 @@ async function * pages<T extends { id: string }> (read: (count: number, after?: 
 async function * lines (read: (count: number, after?: string) => Promise<(Entry | DeadLetter)[]>) {
   for await (const page of pages(read)) {
     for (const { event, ...rest } of page) {
-      const { $identified_id: identified, $anon_id: anon, $insert_id: insertId, time } = event.properties
-      const accepted = new Date(time * 1000)
-      const line = { ...rest, accepted, insert_id: insertId, identified_id: identified, anon_id: anon }
+      const { $identified_id: identified, $anon_id: anon } = parseEvent(event).properties
+      const accepted = new Date(event.time * 1000)
+      const line = { ...rest, accepted, insert_id: event.insertId, identified_id: identified, anon_id: anon }
       yield `${JSON.stringify(line)}\n`
     }
   }

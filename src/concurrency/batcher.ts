@@ -4,6 +4,10 @@ export interface BatcherOptions<Item, Result> {
   /** Sends 1 to `maxBatch` items; resolves with a result for each, in order. A rejection reaches every caller. */
   send: (items: Item[]) => Promise<Result[]>
   maxBatch: number
+  /** The size of an item, in the unit of `maxBytes`. */
+  bytesOf?: (item: Item) => number
+  /** The most that one send carries; an item that is larger travels alone. */
+  maxBytes?: number
   /** While fewer sends than these are under way, nothing waits. By default it never does. */
   freeSends?: number
   /** How many sends may be under way at a time. */
@@ -18,6 +22,7 @@ export interface BatcherOptions<Item, Result> {
 
 interface Entry<Item, Result> {
   item: Item
+  bytes: number
   /** By performance.now(). */
   since: number
   resolve: (result: Result) => void
@@ -29,15 +34,17 @@ interface Entry<Item, Result> {
  *
  * When does a batch leave? While fewer than `freeSends` are under way: as soon as the event loop has read what came
  * together with it, which for a lone item is at once. Otherwise when one of the sends ends, with what came meanwhile,
- * or when it is full (or holds one that travels alone) and fewer than `maxSends` are under way. No timer fills a batch,
+ * or when it is full, by count or by bytes (or holds one that travels alone), and fewer than `maxSends` are under way. No timer fills a batch,
  * so few callers see no delay, and the slower the sends and the more the callers, the larger the batches. A caller who
  * goes away changes nothing: his item is sent with its batch.
  */
 export function createBatcher<Item, Result> ({
-  send, maxBatch, freeSends = Infinity, maxSends = Infinity, maxItems = Infinity, late, isAlone = () => false
+  send, maxBatch, bytesOf = () => 0, maxBytes = Infinity, freeSends = Infinity, maxSends = Infinity,
+  maxItems = Infinity, late, isAlone = () => false
 }: BatcherOptions<Item, Result>) {
   const queue: Entry<Item, Result>[] = []
   const items = createCount()
+  let queuedBytes = 0
   let sends = 0
   let isScheduled = false
   let expiry: NodeJS.Timeout | undefined
@@ -46,16 +53,27 @@ export function createBatcher<Item, Result> ({
   function mayLeave (): boolean {
     const [first] = queue
     if (first === undefined || sends >= maxSends) return false
-    return sends < freeSends || queue.length >= maxBatch || isAlone(first.item)
+    return sends < freeSends || queue.length >= maxBatch || queuedBytes >= maxBytes || isAlone(first.item)
   }
 
   function dispatch (): void {
     isScheduled = false
-    while (mayLeave()) {
-      const next = queue.findIndex(({ item }, index) => index === maxBatch || isAlone(item))
-      run(queue.splice(0, next === -1 ? queue.length : Math.max(next, 1)))
-    }
+    while (mayLeave()) run(nextBatch())
     watch()
+  }
+
+  /** Takes from the front of the queue what travels together. */
+  function nextBatch (): Entry<Item, Result>[] {
+    let count = 0
+    let bytes = 0
+    for (const entry of queue) {
+      const isFull = count === maxBatch || bytes + entry.bytes > maxBytes
+      if (count > 0 && (isFull || isAlone(entry.item) || isAlone((queue[0] as typeof entry).item))) break
+      count++
+      bytes += entry.bytes
+    }
+    queuedBytes -= bytes
+    return queue.splice(0, count)
   }
 
   async function run (batch: Entry<Item, Result>[]): Promise<void> {
@@ -81,8 +99,10 @@ export function createBatcher<Item, Result> ({
   function expire ({ afterMs, result }: { afterMs: number, result: Result }): void {
     expiry = undefined
     while (queue[0] !== undefined && queue[0].since + afterMs <= performance.now()) {
-      queue.shift()?.resolve(result)
+      const [entry] = queue.splice(0, 1) as [Entry<Item, Result>]
+      queuedBytes -= entry.bytes
       items.down()
+      entry.resolve(result)
     }
     watch()
   }
@@ -93,7 +113,9 @@ export function createBatcher<Item, Result> ({
       if (items.now() >= maxItems) return undefined
       items.up()
       return new Promise((resolve, reject) => {
-        queue.push({ item, since: performance.now(), resolve, reject })
+        const bytes = bytesOf(item)
+        queuedBytes += bytes
+        queue.push({ item, bytes, since: performance.now(), resolve, reject })
         if (isScheduled) return
         isScheduled = mayLeave()
         if (isScheduled) setImmediate(dispatch)

@@ -1,19 +1,37 @@
 import { hash } from 'node:crypto'
 import type { Identity } from './identity.ts'
 
-/** A `$identify` event as accepted: without the token, and never changed afterwards, so that a repeat is harmless. */
+/** An event as Mixpanel reads it, without the token. */
 export interface IdentifyEvent {
   event: '$identify'
-  properties: Readonly<Record<string, unknown>> & { $anon_id: string, $insert_id: string, time: number }
+  properties: Readonly<Record<string, unknown>> & {
+    $identified_id: string, $anon_id: string, $insert_id: string, time: number
+  }
 }
 
 /**
- * The event of an identity accepted at `now` (ms since the epoch). `$insert_id` depends on nothing but the two ids, so
- * that Mixpanel can tell a repeat (docs: at most 36 bytes of [A-Za-z0-9-]).
+ * A `$identify` event that waits for Mixpanel: serialised once, frozen, and never changed afterwards, so that a repeat
+ * is the same bytes. It holds no token; the client adds it on the way out.
  */
-export function identifyEvent (identity: Identity, now: number): IdentifyEvent {
+export interface PendingEvent {
+  /** `{"event":…,"properties":{…}}`, which the client splices the token into. */
+  readonly json: string
+  /** The length of `json` in UTF-8. */
+  readonly bytes: number
+  /** Equal for all claims on one anonymous id: Mixpanel's SDKs add `$device:`, and a UUID has no case. */
+  readonly anonKey: string
+  readonly insertId: string
+  /** Seconds since the epoch. */
+  readonly time: number
+}
+
+/**
+ * Returns the event of an identity that is validated at `now` (ms since the epoch). `insertId` depends on nothing but
+ * the two ids, so that Mixpanel can tell a repeat (docs: at most 36 bytes of [A-Za-z0-9-]).
+ */
+export function identifyEvent (identity: Identity, now: number): PendingEvent {
   const { identified_id: identified, anon_id: anon, properties } = identity
-  return {
+  return pending({
     event: '$identify',
     properties: {
       ...properties,
@@ -25,10 +43,26 @@ export function identifyEvent (identity: Identity, now: number): IdentifyEvent {
       // No valid id holds a line feed, so no two pairs join to the same text.
       $insert_id: hash('sha256', `${anon}\n${identified}`).slice(0, 32)
     }
-  }
+  })
 }
 
-/** Events of one key claim the same anonymous id: Mixpanel's SDKs add `$device:`, and a UUID has no case. */
-export function claimOf ({ properties }: IdentifyEvent): string {
-  return properties.$anon_id.replace('$device:', '').toLowerCase()
+/** Returns the event that was stored as `json`, byte for byte. Throws where it is none. */
+export function storedEvent (json: string): PendingEvent {
+  return pending(parseEvent({ json }), json)
+}
+
+/** Returns what an event says, for people. */
+export function parseEvent ({ json }: Pick<PendingEvent, 'json'>): IdentifyEvent {
+  return JSON.parse(json)
+}
+
+function pending (event: IdentifyEvent, json = JSON.stringify(event)): PendingEvent {
+  const { $anon_id: anon, $insert_id: insertId, time } = event.properties
+  return Object.freeze({
+    json,
+    bytes: Buffer.byteLength(json),
+    anonKey: anon.replace('$device:', '').toLowerCase(),
+    insertId,
+    time
+  })
 }

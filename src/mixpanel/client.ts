@@ -1,7 +1,7 @@
 import { createRequire } from 'node:module'
 import type undici from 'undici'
 import type { Config } from '../config.ts'
-import type { IdentifyEvent } from '../identity/event.ts'
+import { parseEvent, type PendingEvent } from '../identity/event.ts'
 import { interpretBody, interpretError, interpretStatus, type Verdict } from '../identity/verdict.ts'
 
 /** A request to Mixpanel, ready to be sent any number of times. */
@@ -16,6 +16,15 @@ const BASE_URLS = { us: 'https://api.mixpanel.com', eu: 'https://api-eu.mixpanel
 
 /** How many requests may be under way at a time: more wait for a connection. */
 export const CONNECTIONS = 64
+
+/** The most that one request may have on the wire. Mixpanel documents 2 MiB and 10 MB; gateways often take 1 MiB. */
+export const MAX_REQUEST_BYTES = 1_048_576
+
+/** Returns how many bytes an event takes on the wire at most: percent-encoding may make three bytes of one. */
+export function wireBytes ({ bytes }: PendingEvent, { MIXPANEL_TOKEN: token }: Config): number {
+  // The token travels as `,"token":"…"`, escaped, with a comma before the next event.
+  return 3 * (bytes + 2 * token.length + 12)
+}
 
 /** Real answers have a few hundred bytes; an edge's error page may have megabytes. */
 const MAX_ANSWER_BYTES = 65_536
@@ -62,17 +71,19 @@ export function createMixpanel (config: Config) {
 
   return {
     /** The event as it would be sent, with the token masked. */
-    preview: ({ event, properties }: IdentifyEvent) => ({ event, properties: { token: '***', ...properties } }),
+    preview (pending: PendingEvent) {
+      const { event, properties } = parseEvent(pending)
+      return { event, properties: { token: '***', ...properties } }
+    },
 
     /**
      * The request for some events: one travels as an object, several as an array. `strict` asks Mixpanel to validate;
      * `verbose` asks `/track` for its reason in place of a bare `0`. `/import` always does both.
      */
     encode (
-      events: IdentifyEvent[], { endpoint = config.MIXPANEL_ENDPOINT, strict = false, verbose = false } = {}
+      events: PendingEvent[], { endpoint = config.MIXPANEL_ENDPOINT, strict = false, verbose = false } = {}
     ): Encoded {
-      const list = events.map(({ event, properties }) =>
-        `{"event":"${event}","properties":${JSON.stringify(properties).slice(0, -1)}${closing}`).join()
+      const list = events.map(({ json }) => `${json.slice(0, -2)}${closing}`).join()
       if (endpoint === 'import') {
         return {
           path: `${path}/import?strict=1${project === undefined ? '' : `&project_id=${project}`}`,
@@ -90,8 +101,8 @@ export function createMixpanel (config: Config) {
     },
 
     /**
-     * Sends once. Resolves within `timeoutMs`, whatever happens, and never rejects. By undici's `dispatch`, which is
-     * cheaper than its `request`: an answer of one byte needs no stream.
+     * Sends once. Resolves within `timeoutMs`, or as soon as this process runs again; rejects only on a bug. By
+     * undici's `dispatch`, which is cheaper than its `request`: an answer of one byte needs no stream.
      */
     send: (request: Encoded, timeoutMs: number) => new Promise<Verdict>(resolve => {
       let controller: undici.Dispatcher.DispatchController | undefined
@@ -99,11 +110,19 @@ export function createMixpanel (config: Config) {
       const chunks: Buffer[] = []
       // undici's own timeouts do not bound a request that it still queues or connects for (nodejs/undici#386).
       let isLate = false
-      const timer = setTimeout(() => {
+      function giveUp (): void {
         isLate = true
         resolve({ code: 'mixpanel_timed_out', cause: `no answer in ${timeoutMs} ms`, again: true })
         controller?.abort(new Error('late'))
-      }, timeoutMs)
+      }
+      // Timers run before sockets are read. An answer that arrived while this process stood still is read first.
+      let afterReading: NodeJS.Immediate | undefined
+      const timer = setTimeout(() => { afterReading = setImmediate(giveUp) }, timeoutMs)
+      function settle (verdict: Verdict): void {
+        clearTimeout(timer)
+        clearImmediate(afterReading)
+        resolve(verdict)
+      }
       pool.dispatch({ ...request, method: 'POST' }, {
         onRequestStart (started) {
           controller = started
@@ -119,13 +138,11 @@ export function createMixpanel (config: Config) {
           chunks.push(chunk)
         },
         onResponseEnd () {
-          clearTimeout(timer)
-          resolve(interpretBody(status, Buffer.concat(chunks).toString(), mask))
+          settle(interpretBody(status, Buffer.concat(chunks).toString(), mask))
         },
         onResponseError (_, error) {
-          clearTimeout(timer)
           // A 400 is a refusal, even if its reasons are too long to be read.
-          resolve(status === 400 ? interpretBody(status, '') : interpretError(error))
+          settle(status === 400 ? interpretBody(status, '') : interpretError(error))
         }
       })
     }),

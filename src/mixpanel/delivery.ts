@@ -1,7 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { createBreaker } from './breaker.ts'
 import type { Config } from '../config.ts'
-import type { IdentifyEvent } from '../identity/event.ts'
+import type { PendingEvent } from '../identity/event.ts'
 import type { Log } from '../log.ts'
 import { CONNECTIONS, type Mixpanel } from './client.ts'
 import { isOutage, isTooLarge, TEMPORARY, type Verdict } from '../identity/verdict.ts'
@@ -11,7 +11,7 @@ import { isOutage, isTooLarge, TEMPORARY, type Verdict } from '../identity/verdi
  * earliest counts.
  */
 export interface Item {
-  event: IdentifyEvent
+  event: PendingEvent
   isStrict: boolean
   deadline: number
   /** Instead of MIXPANEL_ENDPOINT; the same for all of a batch. */
@@ -24,6 +24,9 @@ export const MAX_SENDS = CONNECTIONS
 /** Repeats under way: a fifth of the sends, but always a few, so that an outage does not double the traffic. */
 const RETRY_SHARE = 0.2
 const RETRY_MINIMUM = 3
+
+/** A timer that is later than that was held up by this process (a SIGSTOP, a pause), not by Mixpanel. */
+const STALL_MS = 500
 
 /** How a refused array is divided: by eight it takes 3 rounds from 50 to 1, where halves take 7. */
 const PARTS = 8
@@ -84,24 +87,29 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     const [{ isStrict }] = items as [Item]
     const deadline = Math.min(...items.map(item => item.deadline))
     if (performance.now() >= deadline) return NEVER_SENT
-    if (!breaker.admits()) return { code: 'mixpanel_unavailable', retryAfter: breaker.retryAfter() }
+    // Before the breaker is asked: whatever this throws must not leave its one probe under way for ever.
     const request = mixpanel.encode(items.map(({ event }) => event), {
       endpoint: endpointOf(items), strict: isStrict, verbose: isVerbose
     })
+    if (!breaker.admits()) return { code: 'mixpanel_unavailable', retryAfter: breaker.retryAfter() }
     const time = () => Math.min(config.MIXPANEL_TIMEOUT_MS, deadline - performance.now())
-    const attempt = () => mixpanel.send(request, time())
+    const due = performance.now() + time()
+    const attempt = () => mixpanel.send(request, time()).catch((error: Error) => {
+      breaker.record(true)
+      throw error
+    })
     // Late, because the caller's time was nearly up before: that says nothing of Mixpanel.
     const isShort = time() < Math.min(config.MIXPANEL_TIMEOUT_MS, config.DEADLINE_MS) / 2
     let verdict = await attempt()
-    breaker.record(!isOutage(verdict) || (isShort && verdict.code === 'mixpanel_timed_out'))
+    const isStalled = performance.now() > due + STALL_MS
+    breaker.record(!isOutage(verdict) || ((isShort || isStalled) && verdict.code === 'mixpanel_timed_out'))
     // Jitter, so that those who failed together do not come back together.
     const pause = 50 + Math.random() * 250
     if (isOutage(verdict) && mayRetry() && performance.now() + pause < deadline) {
       log.warn({ code: verdict.code, cause: verdict.cause, identities: items.length }, 'sending once more')
       retries++
       await sleep(pause)
-      verdict = await attempt()
-      retries--
+      verdict = await attempt().finally(() => { retries-- })
       if (!isOutage(verdict)) breaker.record(true)
     }
     if (verdict.code === 'refused_by_mixpanel') log.debug({ reason: verdict.reason }, 'refused')

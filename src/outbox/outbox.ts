@@ -1,17 +1,17 @@
-import type { IdentifyEvent } from '../identity/event.ts'
+import type { PendingEvent } from '../identity/event.ts'
 import type { Log } from '../log.ts'
 
 /** An identity that waits: its event, without the token, exactly as it was accepted. */
 export interface Entry {
   /** The later it came, the greater; never used again. */
   id: string
-  event: IdentifyEvent
+  event: PendingEvent
   /** Set when an operator replayed it: by this endpoint, whatever the configuration says. */
   endpoint?: 'import'
 }
 
 /** An identity that cannot be delivered: kept, with the reason, until an operator replays or drops it. */
-export interface DeadLetter { id: string, event: IdentifyEvent, reason: string, died: Date }
+export interface DeadLetter { id: string, event: PendingEvent, reason: string, died: Date }
 
 /**
  * Where identities wait for Mixpanel. Its twins are sqlite.ts (one process) and redis.ts (several), and one test holds
@@ -20,7 +20,7 @@ export interface DeadLetter { id: string, event: IdentifyEvent, reason: string, 
  */
 export interface Outbox {
   /** True once the event is on disk; false when it is not kept; undefined when the store did not say so in time. */
-  put: (event: IdentifyEvent) => Promise<boolean | undefined>
+  put: (event: PendingEvent) => Promise<boolean | undefined>
   /** Does an event with the same claim wait? Undefined when the store cannot be asked. */
   holds: (claim: string) => Promise<boolean | undefined>
   /**

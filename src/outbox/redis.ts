@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto'
 import { createBatcher } from '../concurrency/batcher.ts'
-import { claimOf, type IdentifyEvent } from '../identity/event.ts'
+import { storedEvent, type PendingEvent } from '../identity/event.ts'
 import type { Log } from '../log.ts'
 import { connectPatient, inTime, SOON_MS, type Redis } from '../redis.ts'
 import { MAX_ENTRIES, MAX_TAKE_BYTES, seldom, type DeadLetter, type Entry, type Outbox } from './outbox.ts'
@@ -62,15 +62,15 @@ export async function openRedis (
   }
 
   /** Whether all of them are kept. */
-  async function keep (events: IdentifyEvent[]): Promise<boolean> {
-    const entries = events.flatMap(event => [claimOf(event), JSON.stringify(event)])
+  async function keep (events: PendingEvent[]): Promise<boolean> {
+    const entries = events.flatMap(({ anonKey, json }) => [anonKey, json])
     const refusal = await run(fast, 'PUT', maxEntries, ...entries)
       .then(isKept => isKept === 1 ? undefined : `it holds ${maxEntries} entries`, unlessRefused)
     if (refusal !== undefined) complain({ cause: refusal }, 'the outbox keeps nothing')
     return refusal === undefined
   }
 
-  const puts = createBatcher<IdentifyEvent, boolean | undefined>({
+  const puts = createBatcher<PendingEvent, boolean | undefined>({
     maxBatch: MAX_PUT,
     send: events => orUnknown(events.length, async () => {
       const isKept = await keep(events)
@@ -92,9 +92,9 @@ export async function openRedis (
     holds: claim => holds.add(claim) as Promise<boolean | undefined>,
     take: async (count, after) =>
       (await run<Fields[]>(patient, 'TAKE', me, leaseMs, from(after), count, MAX_TAKE_BYTES)).map(asEntry),
-    done: entries => run(patient, 'DONE', ...entries.flatMap(({ id, event }) => [id, claimOf(event)])),
+    done: entries => run(patient, 'DONE', ...entries.flatMap(({ id, event }) => [id, event.anonKey])),
     bury: letters => run(patient, 'BURY', Date.now(), ...letters.flatMap(({ entry: { id, event }, reason }) =>
-      [id, claimOf(event), JSON.stringify(event), reason])),
+      [id, event.anonKey, event.json, reason])),
     counts: () => counts,
     waiting: async (count, after) => (await range(WAITING, count, after)).map(asEntry),
     dead: async (count, after) => (await range(DEAD, count, after)).map(asLetter),
@@ -120,12 +120,12 @@ const from = (after: string | undefined) => after === undefined ? '-' : `(${afte
 
 function asEntry ([id, fields]: Fields): Entry {
   const [, , , event, , endpoint] = fields as [string, string, string, string, string?, string?]
-  return { id, event: JSON.parse(event), ...endpoint === 'import' && { endpoint } }
+  return { id, event: storedEvent(event), ...endpoint === 'import' && { endpoint } }
 }
 
 function asLetter ([id, fields]: Fields): DeadLetter {
   const [, , , event, , reason, , died] = fields as [string, string, string, string, string, string, string, string]
-  return { id, event: JSON.parse(event), reason, died: new Date(Number(died)) }
+  return { id, event: storedEvent(event), reason, died: new Date(Number(died)) }
 }
 
 /** What a 202 is worth here: said at start and whenever Redis comes back. */

@@ -1,5 +1,5 @@
 import { createBatcher } from '../concurrency/batcher.ts'
-import { claimOf, type IdentifyEvent } from '../identity/event.ts'
+import { storedEvent, type PendingEvent } from '../identity/event.ts'
 import type { Log } from '../log.ts'
 import { openDirectory } from './directory.ts'
 import { MAX_ENTRIES, MAX_TAKE_BYTES, seldom, type DeadLetter, type Entry, type Outbox } from './outbox.ts'
@@ -48,12 +48,12 @@ export function openSqlite (directory: string, project: string, log: Log, maxEnt
   }
 
   /** Group commit: all or none of them are kept. */
-  async function commit (events: IdentifyEvent[]): Promise<boolean[]> {
+  async function commit (events: PendingEvent[]): Promise<boolean[]> {
     try {
       if (counts.waiting + counts.dead + events.length > maxEntries) throw new Error(`it holds ${maxEntries} entries`)
       if (isDiskLow()) throw new Error('the disk is nearly full')
       transact(() => {
-        for (const event of events) sql.put.run(claimOf(event), JSON.stringify(event))
+        for (const { anonKey, json } of events) sql.put.run(anonKey, json)
       })
       counts.waiting += events.length
       return events.map(() => true)
@@ -63,14 +63,14 @@ export function openSqlite (directory: string, project: string, log: Log, maxEnt
     }
   }
 
-  const puts = createBatcher<IdentifyEvent, boolean>({
+  const puts = createBatcher<PendingEvent, boolean>({
     send: commit, maxBatch: MAX_COMMIT
   })
 
   const asEntry = ({ id, event, endpoint }: WaitingRow): Entry =>
-    ({ id: String(id), event: JSON.parse(event), ...endpoint !== null && { endpoint } })
+    ({ id: String(id), event: storedEvent(event), ...endpoint !== null && { endpoint } })
   const asLetter = ({ id, event, reason, died }: DeadRow): DeadLetter =>
-    ({ id: String(id), event: JSON.parse(event), reason, died: new Date(died) })
+    ({ id: String(id), event: storedEvent(event), reason, died: new Date(died) })
   const asArray = (list: { id: string }[]) => JSON.stringify(list.map(({ id }) => Number(id)))
   const forget = (entries: Entry[]) => sql.forget.run(asArray(entries)).changes
 

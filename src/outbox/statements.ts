@@ -1,6 +1,6 @@
 import type { Database } from 'libsql'
 
-/** `claim` is what `claimOf` makes of an event, `event` its JSON, `died` in ms since the epoch. */
+/** `claim` is an event's `anonKey`, `event` its JSON, `died` in ms since the epoch. */
 const SCHEMA = `
   CREATE TABLE IF NOT EXISTS waiting (
     id INTEGER PRIMARY KEY AUTOINCREMENT, claim TEXT NOT NULL, event TEXT NOT NULL, endpoint TEXT

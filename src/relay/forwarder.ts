@@ -1,7 +1,6 @@
 import { setImmediate } from 'node:timers/promises'
 import type { Config } from '../config.ts'
 import type { Delivery } from '../mixpanel/delivery.ts'
-import { claimOf } from '../identity/event.ts'
 import type { Log } from '../log.ts'
 import type { Verdict } from '../identity/verdict.ts'
 import type { Entry, Outbox } from '../outbox/outbox.ts'
@@ -43,7 +42,7 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
     const old = entries.filter(entry => isTooOld(entry, config))
     await bury(old.map(entry => ({ entry, reason: 'older than 4.5 days' })))
     const fresh = entries.filter(entry => !old.includes(entry))
-    const { arrays, last } = choose(fresh, pass, suspects, config.MAX_BATCH)
+    const { arrays, last } = choose(fresh, pass, suspects, config)
     // Many who stay behind must not hold up the event loop.
     if (arrays.length === 0) await setImmediate()
     const outcomes = (await Promise.all(arrays.map(deliver))).flat()
@@ -83,7 +82,7 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
   async function bury (letters: { entry: Entry, reason: string }[]): Promise<void> {
     if (letters.length === 0) return
     await outbox.bury(letters)
-    const insertIds = letters.slice(0, 100).map(({ entry }) => entry.event.properties.$insert_id)
+    const insertIds = letters.slice(0, 100).map(({ entry }) => entry.event.insertId)
     log.warn({ identities: letters.length, insert_ids: insertIds }, 'cannot be delivered: dead letters')
   }
 
@@ -92,7 +91,7 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
     const failed: Verdict[] = []
     let settled = 0
     for (const { entry, verdict } of outcomes) {
-      const claim = claimOf(entry.event)
+      const claim = entry.event.anonKey
       if (verdict.code === 'accepted' || finalReason(entry, verdict) !== undefined) {
         suspects.settled(claim)
         if (verdict.code === 'accepted' && pass.held.delete(claim)) pass.decided.add(claim)

@@ -1,5 +1,5 @@
 import type { Config } from '../config.ts'
-import { claimOf } from '../identity/event.ts'
+import { MAX_REQUEST_BYTES, wireBytes } from '../mixpanel/client.ts'
 import { isTooLarge, type Verdict } from '../identity/verdict.ts'
 import type { Entry } from '../outbox/outbox.ts'
 import type { Suspects } from './quarantine.ts'
@@ -10,9 +10,6 @@ const MAX_ALONE = 2
 
 /** The most identities in one round, which are in memory together. */
 const MAX_ROUND = 2000
-
-/** Mixpanel takes 10 MB, or by other documents 2 MiB; percent-encoding may treble what is JSON here. */
-const MAX_ARRAY_CHARACTERS = 500_000
 
 /** `/track` drops what is older than five days, and answers `1`. */
 const TRACK_MAX_AGE_MS = 4.5 * 24 * 3600 * 1000
@@ -25,7 +22,7 @@ export function maxRound ({ MAX_BATCH: maxBatch }: Config): number {
 /** True for what `/track` would no longer take. */
 export function isTooOld ({ event, endpoint }: Pick<Entry, 'event' | 'endpoint'>, config: Config): boolean {
   return (endpoint ?? config.MIXPANEL_ENDPOINT) === 'track' &&
-    Date.now() - event.properties.time * 1000 > TRACK_MAX_AGE_MS
+    Date.now() - event.time * 1000 > TRACK_MAX_AGE_MS
 }
 
 /** One pass through the outbox. */
@@ -50,35 +47,34 @@ export const newPass = (decided = new Set<string>()): Pass =>
  * its size; a suspect is alone. `last` is the id of the last entry that was looked at.
  */
 export function choose (
-  entries: Entry[], { held, decided }: Pick<Pass, 'held' | 'decided'>, suspects: Suspects, maxBatch: number
+  entries: Entry[], { held, decided }: Pick<Pass, 'held' | 'decided'>, suspects: Suspects, config: Config
 ) {
   const pairs = new Map<string, string>()
   const arrays: Entry[][] = []
   const alone: Entry[][] = []
   /** The array that may take more. */
   let open: Entry[] = []
-  let characters = MAX_ARRAY_CHARACTERS
+  let bytes = MAX_REQUEST_BYTES
   let last: string | undefined
   for (const entry of entries) {
-    const claim = claimOf(entry.event)
-    const pair = entry.event.properties.$insert_id
+    const { anonKey: claim, insertId: pair } = entry.event
     const isSuspect = suspects.has(claim)
     const mustWait = suspects.isAside(claim) || (isSuspect && alone.length === MAX_ALONE)
     const isSecond = !decided.has(claim) && (pairs.get(claim) ?? pair) !== pair
     if (mustWait || isSecond) held.add(claim)
     if (!held.has(claim)) {
-      const { length } = JSON.stringify(entry.event)
-      const fits = open.length < maxBatch && characters + length <= MAX_ARRAY_CHARACTERS &&
+      const size = wireBytes(entry.event, config)
+      const fits = open.length < config.MAX_BATCH && bytes + size <= MAX_REQUEST_BYTES &&
         open[0]?.endpoint === entry.endpoint
       if (isSuspect) {
         alone.push([entry])
       } else if (fits) {
         open.push(entry)
-        characters += length
+        bytes += size
       } else {
         if (arrays.length === ARRAYS - MAX_ALONE) break
         arrays.push(open = [entry])
-        characters = length
+        bytes = size
       }
       pairs.set(claim, pair)
     }

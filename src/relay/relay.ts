@@ -1,11 +1,11 @@
 import { createBatcher } from '../concurrency/batcher.ts'
 import type { Config } from '../config.ts'
 import { createDelivery, MAX_SENDS, NEVER_SENT, type Item } from '../mixpanel/delivery.ts'
-import { identifyEvent, type IdentifyEvent } from '../identity/event.ts'
+import { identifyEvent, type PendingEvent } from '../identity/event.ts'
 import type { Identity } from '../identity/identity.ts'
 import { createKeeper } from './store-and-forward.ts'
 import type { Log } from '../log.ts'
-import type { Mixpanel } from '../mixpanel/client.ts'
+import { MAX_REQUEST_BYTES, wireBytes, type Mixpanel } from '../mixpanel/client.ts'
 import type { Outbox } from '../outbox/outbox.ts'
 import { OVERLOADED, type Verdict } from '../identity/verdict.ts'
 
@@ -30,6 +30,8 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
   const batcher = createBatcher<Item, Verdict>({
     send: delivery.deliver,
     maxBatch: config.MAX_BATCH,
+    bytesOf: ({ event }) => wireBytes(event, config),
+    maxBytes: MAX_REQUEST_BYTES,
     freeSends: FREE_SENDS,
     maxSends: MAX_SENDS,
     maxItems: config.MAX_IN_FLIGHT,
@@ -45,7 +47,7 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
      * Resolves with the identity's own verdict within DEADLINE_MS; rejects only on a bug. With MAX_IN_FLIGHT identities
      * waiting it is `overloaded` at once. A caller who goes away stops nothing: what is accepted is sent, or kept.
      */
-    identify (event: IdentifyEvent, { isStrict = false, isAsync = false }: Wishes = {}): Promise<Verdict> {
+    identify (event: PendingEvent, { isStrict = false, isAsync = false }: Wishes = {}): Promise<Verdict> {
       const item = { event, isStrict, deadline: performance.now() + config.DEADLINE_MS }
       return keeper === undefined ? send(item) : keeper.identify(item, isAsync)
     },

@@ -1,6 +1,6 @@
 import type { Config } from '../config.ts'
 import { NEVER_SENT, type Delivery, type Item } from '../mixpanel/delivery.ts'
-import { claimOf, type IdentifyEvent } from '../identity/event.ts'
+import type { PendingEvent } from '../identity/event.ts'
 import type { Log } from '../log.ts'
 import { createOrder } from '../concurrency/keyed-mutex.ts'
 import { createDrain } from './forwarder.ts'
@@ -34,7 +34,7 @@ export function createKeeper (config: Config, { outbox, delivery, send, log }: D
   const underWay = new Set<() => void>()
   let isHurried = false
 
-  async function keep (event: IdentifyEvent, cause: string): Promise<Verdict> {
+  async function keep (event: PendingEvent, cause: string): Promise<Verdict> {
     const isKept = await outbox.put(event)
     if (isKept !== true) return isKept === false ? NOT_KEPT : PERHAPS_KEPT
     drain.added()
@@ -52,7 +52,7 @@ export function createKeeper (config: Config, { outbox, delivery, send, log }: D
 
   async function sendOrKeep (item: Item): Promise<Verdict> {
     const { event, deadline } = item
-    const holds = await outbox.holds(claimOf(event))
+    const holds = await outbox.holds(event.anonKey)
     if (holds === undefined) return OUT_OF_REACH
     if (holds) return keep(event, 'an earlier claim waits')
     // Who has waited that long for an earlier claim has no time left for Mixpanel.
@@ -69,7 +69,7 @@ export function createKeeper (config: Config, { outbox, delivery, send, log }: D
     /** The verdict of an identity: as by `send`, or `queued` once it is on disk. `isAsync`: Mixpanel is not asked. */
     async identify (item: Item, isAsync: boolean): Promise<Verdict> {
       if (order.waiting() >= config.MAX_IN_FLIGHT) return OVERLOADED
-      return order.run(claimOf(item.event), () => isAsync ? keep(item.event, 'respond-async') : sendOrKeep(item))
+      return order.run(item.event.anonKey, () => isAsync ? keep(item.event, 'respond-async') : sendOrKeep(item))
     },
 
     /** From now on nobody waits for Mixpanel: whoever does, or would, is kept instead. */

@@ -52,7 +52,7 @@ export const identify: FastifyPluginAsyncTypebox<{ relay: Relay }> = async (app,
     }
     const event = relay.accept(request.body)
     if (request.query.dry_run === '1') return reply.send(relay.preview(event))
-    reply.logLine.insert_id = event.properties.$insert_id
+    reply.logLine.insert_id = event.insertId
     const isAsync = prefersAsync(request.headers.prefer)
     const verdict = await relay.identify(event, { isStrict: request.query.strict === '1', isAsync })
     if (verdict.code === 'accepted') return reply.header('content-type', JSON_TYPE).send(ACCEPTED as never)
