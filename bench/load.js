@@ -1,51 +1,31 @@
-// The load: keep-alive connections on raw sockets, each with one request under way, every request another identity.
-// Closed loop by default; with `rate` an open loop, whose latencies count from the moment a request was due.
-// Prints one line of JSON. Usage: node load.js '{"port":8080,"connections":64,"seconds":5,"rate":0}'
-import { randomUUID } from 'node:crypto'
-import { connect } from 'node:net'
+// The load: callers, each with one request under way, every request another identity. Closed loop by default; with
+// `rate` an open loop, whose latencies count from the moment a request was due. Prints one line of JSON. Usage: node load.js '{"port":8080,"connections":64,"seconds":5,"rate":0}'
 import { performance } from 'node:perf_hooks'
+import { openCallers } from './callers.js'
 
-const { port, connections, seconds, rate = 0, distinct = 20_000 } = JSON.parse(process.argv[2])
+const { port, connections, seconds, rate = 0, distinct } = JSON.parse(process.argv[2])
 
-const requests = Array.from({ length: distinct }, (_, index) => {
-  const body = JSON.stringify({ identified_id: `user-${index}@example.com`, anon_id: randomUUID() })
-  return Buffer.from('POST /identify HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n' +
-    `content-length: ${body.length}\r\n\r\n${body}`)
-})
 const latencies = { ok: [], refused: [] }
 const statuses = {}
-let sent = 0
 let isOver = false
 const idle = []
 const due = []
 
-const sockets = await Promise.all(Array.from({ length: connections }, () => new Promise((resolve, reject) => {
-  const socket = connect(port, '127.0.0.1', () => resolve(socket))
-  socket.setNoDelay(true).on('error', reject)
-})))
+const callers = await openCallers({ port, connections, distinct, onAnswer })
+const { sockets } = callers
 
-for (const socket of sockets) {
-  let rest = ''
-  socket.on('data', chunk => {
-    rest += chunk.latin1Slice()
-    const end = rest.indexOf('\r\n\r\n')
-    if (end === -1) return
-    const length = /\r\ncontent-length: (\d+)/i.exec(rest)
-    if (rest.length < end + 4 + Number(length[1])) return
-    const status = rest.slice(9, 12)
-    rest = ''
-    statuses[status] = (statuses[status] ?? 0) + 1
-    latencies[status === '200' ? 'ok' : 'refused'].push(performance.now() - socket.since)
-    if (isOver) return
-    if (rate === 0) send(socket, performance.now())
-    else if (due.length > 0) send(socket, due.shift())
-    else idle.push(socket)
-  })
+function onAnswer (socket, status) {
+  statuses[status] = (statuses[status] ?? 0) + 1
+  latencies[status === '200' ? 'ok' : 'refused'].push(performance.now() - socket.since)
+  if (isOver) return
+  if (rate === 0) send(socket, performance.now())
+  else if (due.length > 0) send(socket, due.shift())
+  else idle.push(socket)
 }
 
 function send (socket, since) {
   socket.since = since
-  socket.write(requests[sent++ % requests.length])
+  callers.send(socket)
 }
 
 const cpu = process.cpuUsage()

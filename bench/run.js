@@ -1,11 +1,16 @@
 // Peers side by side: node bench/run.js [seconds per measurement] [rounds]. Every round measures each contestant once,
 // one after the other, each a fresh process; the table has the medians, the ratios are to bare Fastify.
+// With --compare <checkout> it is compare.js that runs instead.
 import { spawn, spawnSync } from 'node:child_process'
 import { mkdtempSync, readFileSync, readdirSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
+import { compare } from './compare.js'
 import { picture } from './picture.js'
+import { tableOf } from './table.js'
+
+if (process.argv.includes('--compare')) process.exit(await compare(process.argv.slice(2)))
 
 const [seconds = 4, rounds = 5] = process.argv.slice(2).map(Number)
 const CALLERS = { 0: 256, 50: 500 }
@@ -146,9 +151,7 @@ function table (results) {
     return [name, rate.toFixed(0), cpu.toFixed(1), (cpu / bare.cpu).toFixed(2), p50.toFixed(1), p99.toFixed(1), mb.toFixed(0),
       requests.toFixed(0), startMs.toFixed(0), generator.toFixed(2)]
   })
-  const widths = head.map((title, column) => Math.max(title.length, ...rows.map(row => row[column].length)))
-  const line = row => `| ${row.map((cell, column) => column === 0 ? cell.padEnd(widths[0]) : cell.padStart(widths[column])).join(' | ')} |`
-  return [line(head), `|${widths.map(width => '-'.repeat(width + 2)).join('|')}|`, ...rows.map(line)].join('\n')
+  return tableOf(head, rows)
 }
 
 const tables = {}

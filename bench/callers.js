@@ -1,0 +1,37 @@
+// The callers that a load is made of: keep-alive connections on raw sockets, each with one request under way.
+import { randomUUID } from 'node:crypto'
+import { connect } from 'node:net'
+
+/**
+ * Opens them and resolves with { sockets, send }. Every `send(socket)` posts the next of `distinct` identities;
+ * `onAnswer(socket, status)` gets every answer, `onError` a connection that fails or closes.
+ */
+export async function openCallers ({ port, connections, distinct = 20_000, onAnswer, onError }) {
+  const requests = Array.from({ length: distinct }, (_, index) => {
+    const body = JSON.stringify({ identified_id: `user-${index}@example.com`, anon_id: randomUUID() })
+    return Buffer.from('POST /identify HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n' +
+      `content-length: ${body.length}\r\n\r\n${body}`)
+  })
+  let sent = 0
+
+  const sockets = await Promise.all(Array.from({ length: connections }, () => new Promise((resolve, reject) => {
+    const socket = connect(port, '127.0.0.1', () => resolve(socket))
+    socket.setNoDelay(true).on('error', error => { reject(error); onError?.(error) })
+    if (onError) socket.on('close', () => onError(new Error('a connection was closed')))
+  })))
+
+  for (const socket of sockets) {
+    let rest = ''
+    socket.on('data', chunk => {
+      rest += chunk.latin1Slice()
+      const end = rest.indexOf('\r\n\r\n')
+      if (end === -1) return
+      const length = /\r\ncontent-length: (\d+)/i.exec(rest)
+      if (rest.length < end + 4 + Number(length[1])) return
+      const status = rest.slice(9, 12)
+      rest = ''
+      onAnswer(socket, status)
+    })
+  }
+  return { sockets, send: socket => { socket.write(requests[sent++ % requests.length]) } }
+}
