@@ -60,14 +60,17 @@ export const Environment = Type.Object({
   DEADLINE_MS: integer(1, 600_000, 10_000),
   MAX_BATCH: integer(1, 2000, 50),
   MAX_IN_FLIGHT: integer(1, 1_000_000, 5000),
+  MAX_BYTES_IN_FLIGHT: integer(1, 1_000_000_000_000, 67_108_864),
   HOST: Type.String({ default: '127.0.0.1', pattern: '^[0-9A-Za-z.:-]+$', rule: 'must be an address or a host name' }),
   PORT: integer(0, 65_535, 8080),
   LOG_LEVEL: oneOf(['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'], 'info'),
   TRUST_PROXY: list('network', 'must be a comma list of IP addresses or CIDR ranges, none of them /0 or IPv4-mapped'),
   CORS_ORIGINS: list('origin', 'must be a comma list of origins such as https://app.example.com, without path or *'),
   ALLOW_ANONYMOUS: flag(),
-  RATE_LIMIT_MAX: integer(1, 1_000_000_000, 600),
+  RATE_LIMIT_MAX: integer(1, 1_000_000_000, 6000),
   RATE_LIMIT_WINDOW_MS: integer(1, 86_400_000, 60_000),
+  MAX_CONNECTIONS: integer(1, 1_000_000, 4096),
+  DOCS: Type.Optional(Type.Boolean({ rule: 'must be true or false' })),
   REDIS_URL: Type.Optional(secret({ format: 'redis-url' }, 'must be a redis:// or rediss:// URL')),
   OUTBOX: Type.String({
     default: 'off', pattern: '^(off|redis|file:.+)$', rule: 'must be off, redis or file:<directory>'

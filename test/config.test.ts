@@ -32,7 +32,10 @@ t.test('the defaults', async t => {
     TRUST_PROXY: [],
     CORS_ORIGINS: [],
     ALLOW_ANONYMOUS: false,
-    RATE_LIMIT_MAX: 600,
+    RATE_LIMIT_MAX: 6000,
+    MAX_BYTES_IN_FLIGHT: 67_108_864,
+    MAX_CONNECTIONS: 4096,
+    DOCS: undefined,
     OUTBOX: 'off',
     SHUTDOWN_DELAY_MS: 0
   })

@@ -87,8 +87,10 @@ t.test('methods, paths, sizes and types', async t => {
     t.equal((await post(JSON.stringify(identity()), { headers })).statusCode, status, JSON.stringify(headers))
   }
   t.match((await inject({ method: 'POST', url: '/identify' })).json(), { code: 'invalid_request', errors: [{ pointer: '' }] })
-  const big = await post(identity({ properties: { a: 'x'.repeat(70_000) } }))
-  t.match(big.json(), { status: 413, code: 'body_too_large' })
+  const large = await post(identity({ properties: { a: 'x'.repeat(70_000) } }))
+  t.match(large.json(), { status: 400, errors: [{ pointer: '', detail: 'must be at most 64 KiB of JSON' }] })
+  const larger = await post(identity({ properties: { a: 'x'.repeat(140_000) } }))
+  t.match(larger.json(), { status: 413, code: 'body_too_large' })
   t.equal(sandbox.requests.length, 3)
 })
 
@@ -132,9 +134,10 @@ t.test('limits: per address, told in headers, not escaped by forged headers', as
   const refused = await from('192.0.2.1', { 'x-forwarded-for': '203.0.113.77' })
   t.match(refused.json(), { status: 429, code: 'too_many_requests', retryable: true })
   t.match(refused.headers, { 'retry-after': /^\d+$/, 'ratelimit-limit': '3', 'ratelimit-remaining': '0', 'ratelimit-reset': /^\d+$/ })
-  t.equal((await from('192.0.2.1', {}, '/nope')).statusCode, 404, 'guessed paths have a budget of their own')
-  for (let count = 0; count < 3; count++) await from('192.0.2.1', {}, '/nope')
-  t.equal((await from('192.0.2.1', {}, '/nope')).statusCode, 429)
+  for (const url of ['/nope', '/identify/batch', '/docs', '/openapi.json']) {
+    t.equal((await from('192.0.2.1', {}, url)).statusCode, 429, `${url} has the same budget`)
+  }
+  t.equal((await from('192.0.2.1', { origin: 'https://evil.test' })).statusCode, 429, 'a foreign page as well')
   t.equal((await from('192.0.2.2')).statusCode, 200, 'another caller is not concerned')
   for (const host of ['::1', '::2', '::3']) t.equal((await from(`2001:db8:1:1${host}`)).statusCode, 200)
   t.equal((await from('2001:db8:1:1::4')).statusCode, 429, 'an IPv6 caller has a /64')

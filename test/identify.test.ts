@@ -106,8 +106,10 @@ t.test('every broken field is named, and nothing is sent', async t => {
   const json = { headers: { 'content-type': 'application/json' } }
   const raw: [body: string | Buffer, pointer: string][] = [
     ['', ''], ['{', ''], ['[]', ''], ['"x"', ''], ['null', ''], ['1', ''],
-    [`{"__proto__":{"a":1},"identified_id":"u","anon_id":"${UUID}"}`, ''],
-    [`{"identified_id":"u","anon_id":"${UUID}","properties":{"constructor":{"prototype":1}}}`, ''],
+    [`{"__proto__":{"a":1},"identified_id":"u","anon_id":"${UUID}"}`, '/__proto__'],
+    [`{"identified_id":"u","anon_id":"${UUID}","properties":{"__proto__":{"a":1}}}`, '/properties/__proto__'],
+    [`{"identified_id":"u","anon_id":"${UUID}","properties":{"a":{"__proto__":1}}}`, '/properties/a'],
+    [`{"identified_id":"u","anon_id":"${UUID}","properties":{"constructor":{"prototype":1}}}`, '/properties/constructor'],
     [Buffer.from(`{"identified_id":"jos\u00e9","anon_id":"${UUID}"}`, 'latin1'), ''],
     [`{"identified_id":"\\ud800","anon_id":"${UUID}"}`, '/identified_id'],
     [`{"identified_id":"u","anon_id":"${UUID}","properties":{"a":1e999}}`, '/properties/a'],

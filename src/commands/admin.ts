@@ -8,7 +8,9 @@ import { isTooOld } from '../relay/plan.ts'
 const PAGE = 500
 
 /** A mistake of the operator's; `message` is a sentence for him. */
-export class OrderError extends Error {}
+export class OrderError extends Error {
+  override readonly name = 'OrderError'
+}
 
 /**
  * Carries out an operator's order and yields what to print, whole lines. `['list']` and `['dead']`: what waits and

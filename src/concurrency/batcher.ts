@@ -34,9 +34,9 @@ interface Entry<Item, Result> {
  *
  * When does a batch leave? While fewer than `freeSends` are under way: as soon as the event loop has read what came
  * together with it, which for a lone item is at once. Otherwise when one of the sends ends, with what came meanwhile,
- * or when it is full, by count or by bytes (or holds one that travels alone), and fewer than `maxSends` are under way. No timer fills a batch,
- * so few callers see no delay, and the slower the sends and the more the callers, the larger the batches. A caller who
- * goes away changes nothing: his item is sent with its batch.
+ * or when it is full, by count or by bytes (or holds one that travels alone), and fewer than `maxSends` are under way.
+ * No timer fills a batch, so few callers see no delay, and the slower the sends and the more the callers, the larger
+ * the batches. A caller who goes away changes nothing: his item is sent with its batch.
  */
 export function createBatcher<Item, Result> ({
   send, maxBatch, bytesOf = () => 0, maxBytes = Infinity, freeSends = Infinity, maxSends = Infinity,

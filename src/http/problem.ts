@@ -25,7 +25,7 @@ export const PROBLEMS = {
   mixpanel_unavailable: {
     status: 503, retryable: true, detail: 'Mixpanel keeps failing and was not asked; see Retry-After.'
   },
-  overloaded: { status: 503, retryable: true, detail: 'Too many identities are waiting; see Retry-After.' },
+  overloaded: { status: 503, retryable: true, detail: 'Too much is under way here already; see Retry-After.' },
   draining: { status: 503, retryable: true, detail: 'This instance is shutting down; another will take the request.' },
   mixpanel_timed_out: {
     status: 504, retryable: true, detail: 'Mixpanel did not answer in time. The outcome is unknown; a repeat is safe.'
@@ -38,7 +38,7 @@ export type ProblemCode = keyof typeof PROBLEMS
 export interface Extras { detail?: string | undefined, errors?: FieldError[], retryAfter?: number }
 
 /** How many broken fields one answer lists. */
-const MAX_ERRORS = 100
+export const MAX_ERRORS = 100
 
 /** The body of every error answer. */
 export function problemBody (code: ProblemCode, requestId: string, { detail, errors }: Extras = {}) {
@@ -67,14 +67,18 @@ export const Problem = Type.Object({
   errors: Type.Optional(Type.Array(Type.Object({ pointer: Type.String(), detail: Type.String() })))
 }, { $id: 'Problem', description: 'RFC 9457. Decide by `code`; `retryable`: the same request may succeed later.' })
 
+/** Statuses of invalid_request for a request that came too slowly, or whose head is too large. */
+const UNREADABLE: number[] = [408, 431]
+
 /** The answers for the OpenAPI document: every status in the table, with an example for each of its codes. */
 export function problemResponses () {
   const codes = Object.keys(PROBLEMS) as ProblemCode[]
-  const statuses = new Set(codes.map(code => PROBLEMS[code].status))
+  const statuses = new Set([...codes.map(code => PROBLEMS[code].status), ...UNREADABLE])
   return Object.fromEntries(Array.from(statuses, status => {
-    const here = codes.filter(code => PROBLEMS[code].status === status)
+    const here = codes.filter(code => (UNREADABLE.includes(status) ? 400 : status) === PROBLEMS[code].status)
     const extras = status === 400 ? { errors: [{ pointer: '/anon_id', detail: 'is required' }] } : {}
-    const examples = Object.fromEntries(here.map(code => [code, { value: problemBody(code, 'req-1', extras) }]))
+    const examples = Object.fromEntries(here.map(code =>
+      [code, { value: { ...problemBody(code, 'req-1', extras), title: STATUS_CODES[status], status } }]))
     const content = { 'application/problem+json': { schema: Type.Ref('Problem'), examples } }
     const isLater = status === 429 || status === 503
     const headers = isLater && { headers: { 'retry-after': { type: 'integer', description: 'seconds' } } }

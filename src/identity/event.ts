@@ -1,5 +1,5 @@
 import { hash } from 'node:crypto'
-import type { Identity } from './identity.ts'
+import { MAX_IDENTITY_BYTES, type Identity } from './identity.ts'
 
 /** An event as Mixpanel reads it, without the token. */
 export interface IdentifyEvent {
@@ -45,6 +45,12 @@ export function identifyEvent (identity: Identity, now: number): PendingEvent {
     }
   })
 }
+
+/**
+ * True where an event is larger than an identity of MAX_IDENTITY_BYTES makes it, ids counted twice. A number may grow
+ * when it is printed: 1e20 has four bytes, and then 21.
+ */
+export const isTooLarge = ({ bytes }: PendingEvent): boolean => bytes > MAX_IDENTITY_BYTES + 4096
 
 /** Returns the event that was stored as `json`, byte for byte. Throws where it is none. */
 export function storedEvent (json: string): PendingEvent {

@@ -22,6 +22,9 @@ const MAX_DEPTH = 3
 const MAX_ENTRIES = 254
 const MAX_PROPERTIES = 200
 
+/** The most bytes of JSON that an identity may have. */
+export const MAX_IDENTITY_BYTES = 65_536
+
 /** Far more than an identity has. */
 const MAX_FIELDS = 100
 
@@ -71,12 +74,12 @@ export type Identity = Static<typeof Identity>
 
 /**
  * What is wrong with a value that has more names than an identity may have: to say what is wrong with each of a hundred
- * thousand would hold up everybody for a second. Takes any value, and is fast.
+ * thousand would hold up everybody for a second. Takes any value, and is fast; at most 100 fields by default.
  */
-export function surplusNames (body: unknown): FieldError[] {
+export function surplusNames (body: unknown, maxFields = MAX_FIELDS): FieldError[] {
   if (typeof body !== 'object' || body === null) return []
-  if (Object.keys(body).length > MAX_FIELDS) {
-    return [{ pointer: '', detail: `must not have more than ${MAX_FIELDS} fields` }]
+  if (Object.keys(body).length > maxFields) {
+    return [{ pointer: '', detail: `must not have more than ${maxFields} fields` }]
   }
   const { properties }: Partial<Identity> = body
   if (typeof properties !== 'object' || Object.keys(properties ?? {}).length <= MAX_PROPERTIES) return []
@@ -102,7 +105,7 @@ export function brokenRules (body: unknown): FieldError[] {
   }
   if (typeof properties !== 'object' || properties === null) return errors
   for (const [name, value] of Object.entries(properties)) {
-    const detail = name.isWellFormed() ? brokenValue(value, 2) : 'has a name with a lone surrogate'
+    const detail = brokenName(name, value) ?? brokenValue(value, 2)
     if (detail !== undefined) errors.push({ pointer: `/properties/${escapePointer(name)}`, detail })
   }
   return errors
@@ -115,14 +118,24 @@ function brokenValue (value: unknown, depth: number): string | undefined {
   if (typeof value === 'string') return value.isWellFormed() ? undefined : 'must not contain lone surrogates'
   if (typeof value !== 'object' || value === null) return undefined
   if (depth > MAX_DEPTH) return `must not be nested deeper than ${MAX_DEPTH} levels`
-  const entries = Object.entries(value)
-  if (entries.length > MAX_ENTRIES) return `must not hold more than ${MAX_ENTRIES} entries in one object or array`
-  for (const [name, inner] of entries) {
+  const names = Object.keys(value)
+  if (names.length > MAX_ENTRIES) return `must not hold more than ${MAX_ENTRIES} entries in one object or array`
+  for (const name of names) {
     if (name.length > 255) return 'must not hold a name of more than 255 characters'
-    const detail = name.isWellFormed() ? brokenValue(inner, depth + 1) : 'must not contain lone surrogates'
+    const inner = (value as Record<string, unknown>)[name]
+    const detail = brokenName(name, inner) ?? brokenValue(inner, depth + 1)
     if (detail !== undefined) return detail
   }
   return undefined
+}
+
+/** What is wrong with a name that a value has, or undefined. */
+function brokenName (name: string, value: unknown): string | undefined {
+  if (!name.isWellFormed()) return 'must not have a name with lone surrogates'
+  // Harmless here; but whoever merges the event into another object elsewhere would change its prototype.
+  const isForbidden = name === '__proto__' ||
+    (name === 'constructor' && typeof value === 'object' && value !== null && Object.hasOwn(value, 'prototype'))
+  return isForbidden ? 'must not be, or hold, __proto__ or constructor.prototype' : undefined
 }
 
 /** A property name as a JSON Pointer token (RFC 6901 §3). */

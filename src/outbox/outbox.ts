@@ -1,5 +1,4 @@
 import type { PendingEvent } from '../identity/event.ts'
-import type { Log } from '../log.ts'
 
 /** An identity that waits: its event, without the token, exactly as it was accepted. */
 export interface Entry {
@@ -50,16 +49,6 @@ export const MAX_ENTRIES = 1_000_000
 
 /** In one `take`: the last entry may exceed it. */
 export const MAX_TAKE_BYTES = 1_000_000
-
-/** Complains of what happens to many at the same time, at most once a second. */
-export function seldom (log: Log): Log['error'] {
-  let last = -Infinity
-  return (what, message) => {
-    if (performance.now() - last < 1000) return
-    last = performance.now()
-    log.error(what, message)
-  }
-}
 
 /** Another process has opened the directory. */
 export class DirectoryInUse extends Error {}

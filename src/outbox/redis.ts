@@ -1,9 +1,9 @@
 import { randomUUID } from 'node:crypto'
 import { createBatcher } from '../concurrency/batcher.ts'
 import { storedEvent, type PendingEvent } from '../identity/event.ts'
-import type { Log } from '../log.ts'
+import { throttled, type Log } from '../log.ts'
 import { connectPatient, inTime, SOON_MS, type Redis } from '../redis.ts'
-import { MAX_ENTRIES, MAX_TAKE_BYTES, seldom, type DeadLetter, type Entry, type Outbox } from './outbox.ts'
+import { MAX_ENTRIES, MAX_TAKE_BYTES, type DeadLetter, type Entry, type Outbox } from './outbox.ts'
 import { SCRIPTS } from './scripts.ts'
 
 /** In one script, which holds up everybody else at Redis. */
@@ -49,7 +49,7 @@ export async function openRedis (
   await greet()
   // Whatever it cannot be asked now it says another time.
   patient.on('ready', () => greet().catch(() => {}))
-  const complain = seldom(log)
+  const complain = throttled((what, message) => log.error(what, message), 1000)
 
   /** What `work` resolves with for each, or `undefined` where Redis does not say. */
   async function orUnknown (count: number, work: () => Promise<boolean[]>): Promise<(boolean | undefined)[]> {

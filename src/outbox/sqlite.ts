@@ -1,8 +1,8 @@
 import { createBatcher } from '../concurrency/batcher.ts'
 import { storedEvent, type PendingEvent } from '../identity/event.ts'
-import type { Log } from '../log.ts'
+import { throttled, type Log } from '../log.ts'
 import { openDirectory } from './directory.ts'
-import { MAX_ENTRIES, MAX_TAKE_BYTES, seldom, type DeadLetter, type Entry, type Outbox } from './outbox.ts'
+import { MAX_ENTRIES, MAX_TAKE_BYTES, type DeadLetter, type Entry, type Outbox } from './outbox.ts'
 import { prepare, type DeadRow, type WaitingRow } from './statements.ts'
 
 /** More in one transaction would hold up the event loop. */
@@ -32,7 +32,7 @@ export function openSqlite (directory: string, project: string, log: Log, maxEnt
     })
   }
 
-  const complain = seldom(log)
+  const complain = throttled((what, message) => log.error(what, message), 1000)
 
   function transact<T> (work: () => T): T {
     db.exec('BEGIN IMMEDIATE')

@@ -8,11 +8,23 @@ export const framing = fp(async app => {
       const errors = [{ pointer: '', detail: 'must name an HTTP version and exactly one Host' }]
       return reply.header('connection', 'close').problem('invalid_request', { errors })
     }
-    const encoding = request.headers['content-encoding']
-    if (encoding !== undefined && encoding.toLowerCase() !== 'identity') return reply.problem('unsupported_media_type')
-    done()
+    const {
+      'transfer-encoding': framing, 'content-encoding': encoding = '', 'content-type': type = ''
+    } = request.headers
+    if (framing !== undefined && (framing.toLowerCase() !== 'chunked' || request.raw.httpVersion === '1.0')) {
+      const errors = [{ pointer: '', detail: 'must have no transfer encoding but chunked, and none in HTTP/1.0' }]
+      return reply.header('connection', 'close').problem('invalid_request', { errors })
+    }
+    const isEncoded = encoding !== '' && encoding.toLowerCase() !== 'identity'
+    return isEncoded || hasForeignCharset(type) ? reply.problem('unsupported_media_type') : done()
   })
 })
+
+/** True for a media type whose charset is not UTF-8, the only one of JSON (RFC 8259). */
+function hasForeignCharset (type: string): boolean {
+  const charset = /;\s*charset\s*=\s*"?([^\s";]*)/i.exec(type)?.[1]
+  return charset !== undefined && !/^utf-?8$/i.test(charset)
+}
 
 function hasOneHost ({ rawHeaders, httpVersion }: IncomingMessage): boolean {
   let hosts = 0

@@ -8,21 +8,31 @@ const PREFLIGHT = {
   'access-control-max-age': '600'
 }
 
+interface Options { config: Pick<Config, 'CORS_ORIGINS'> }
+
+/** Lets the pages of CORS_ORIGINS read every answer, those of the hooks that follow among them. */
+export const corsHeaders = fp<Options>(async (app, { config }) => {
+  const allowed = new Set(config.CORS_ORIGINS)
+  app.addHook('onRequest', ({ headers: { origin } }, reply, done) => {
+    if (origin !== undefined && allowed.has(origin)) {
+      reply.headers({ 'access-control-allow-origin': origin, 'access-control-expose-headers': EXPOSED, vary: 'Origin' })
+    }
+    done()
+  })
+})
+
 /**
- * Who may call from a browser. A foreign origin is turned away, not merely left without CORS headers: a browser hides
+ * Decides which pages may call. A foreign origin is turned away, not merely left without CORS headers: a browser hides
  * an answer from a foreign page, but does not stop the request (a beacon, a text/plain POST) that merges two ids. So
  * @fastify/cors is not enough, and what is left for it to do is a few headers.
  */
-export const origins = fp<{ config: Config }>(async (app, { config }) => {
+export const origins = fp<Options>(async (app, { config }) => {
   const allowed = new Set(config.CORS_ORIGINS)
-
-  app.addHook('onRequest', (request, reply, done) => {
-    const { origin } = request.headers
+  app.addHook('onRequest', ({ headers, method }, reply, done) => {
+    const { origin } = headers
     if (origin === undefined) return done()
-    const { method } = request
     if (!allowed.has(origin)) return method === 'GET' || method === 'HEAD' ? done() : reply.problem('forbidden')
-    reply.headers({ 'access-control-allow-origin': origin, 'access-control-expose-headers': EXPOSED, vary: 'Origin' })
-    const isPreflight = method === 'OPTIONS' && 'access-control-request-method' in request.headers
+    const isPreflight = method === 'OPTIONS' && 'access-control-request-method' in headers
     return isPreflight ? reply.code(204).headers(PREFLIGHT).send() : done()
   })
 })

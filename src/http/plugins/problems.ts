@@ -4,12 +4,16 @@ import { randomUUID } from 'node:crypto'
 import type { FastifyError, FastifyReply, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
 import type { Logger } from 'pino'
+import { BodyError } from '../body.ts'
+import type { Connections } from '../connections.ts'
 import { type Extras, problemBody, type ProblemCode, PROBLEMS } from '../problem.ts'
 
 declare module 'fastify' {
   interface FastifyReply {
     /** Answers with a problem (RFC 9457); `retryAfter` is in seconds. */
     problem: (code: ProblemCode, extras?: Extras) => FastifyReply
+    /** Logs what must not happen. */
+    bug: (error: Error) => void
   }
 }
 
@@ -20,14 +24,24 @@ export const problems = fp<{ logger: Logger }>(async (app, { logger }) => {
     if (extras.retryAfter !== undefined) this.header('retry-after', extras.retryAfter)
     return send(this, code, extras)
   })
+  app.decorateReply('bug', function (error) {
+    logger.error({ err: error, request_id: this.request.id }, 'bug')
+  })
   app.setErrorHandler<FastifyError>((error, request, reply) => {
+    if (error instanceof BodyError) {
+      const { problem, message } = error
+      return reply.problem(problem, {
+        ...problem === 'overloaded' && { retryAfter: 1 },
+        ...problem === 'invalid_request' && { errors: [{ pointer: '', detail: message }] }
+      })
+    }
     switch (error.statusCode) {
       case 400: return reply.problem('invalid_request', { errors: [{ pointer: '', detail: error.message }] })
       case 413: return reply.problem('body_too_large')
       case 415: return reply.problem('unsupported_media_type')
       case 429: return reply.problem('too_many_requests')
       default:
-        logger.error({ err: error, request_id: request.id }, 'bug')
+        reply.bug(error)
         return reply.problem('internal')
     }
   })
@@ -47,15 +61,20 @@ export const answerBadUrl = (logger: Logger) => (_: FastifyError, request: Fasti
 }
 
 /** For bytes that Node could not read as a request, or that came too slowly: answers, then closes the connection. */
-export const answerClientError = (logger: Logger) => (error: NodeJS.ErrnoException, socket: Socket) => {
-  if (error.code === 'ECONNRESET' || !socket.writable) return socket.destroy()
-  const status = { ERR_HTTP_REQUEST_TIMEOUT: 408, HPE_HEADER_OVERFLOW: 431 }[String(error.code)] ?? 400
+export const answerClientError = (logger: Logger, { refuseBytes }: Connections) =>
+  (error: NodeJS.ErrnoException, socket: Socket): void => {
+    if (error.code === 'ECONNRESET') socket.destroy()
+    else refuseBytes(socket, () => clientErrorAnswer(logger, error))
+  }
+
+function clientErrorAnswer (logger: Logger, { code: cause }: NodeJS.ErrnoException): string {
+  const status = { ERR_HTTP_REQUEST_TIMEOUT: 408, HPE_HEADER_OVERFLOW: 431 }[String(cause)] ?? 400
   const title = STATUS_CODES[status]
   const id = randomUUID()
   const detail = `The request could not be read: ${title}.`
   const problem = problemBody('invalid_request', id, { detail, errors: [{ pointer: '', detail }] })
   const body = JSON.stringify({ ...problem, title, status })
-  logger.info({ status, code: 'invalid_request', cause: error.code, request_id: id }, 'answered')
-  return socket.end(`HTTP/1.1 ${status} ${title}\r\nconnection: close\r\nx-request-id: ${id}\r\n` +
-    `content-type: application/problem+json\r\ncontent-length: ${Buffer.byteLength(body)}\r\n\r\n${body}`)
+  logger.info({ status, code: 'invalid_request', cause, request_id: id }, 'answered')
+  return `HTTP/1.1 ${status} ${title}\r\nconnection: close\r\nx-request-id: ${id}\r\n` +
+    `content-type: application/problem+json\r\ncontent-length: ${Buffer.byteLength(body)}\r\n\r\n${body}`
 }

@@ -1,29 +1,42 @@
-import { setImmediate } from 'node:timers/promises'
 import type { FastifyPluginAsyncTypebox } from '@fastify/type-provider-typebox'
 import { Type } from '@sinclair/typebox'
-import type { FastifyContextConfig } from 'fastify'
-import { brokenRules, Identity, surplusNames, type FieldError } from '../../identity/identity.ts'
-import { asFieldErrors, fieldErrors, problemBody, problemResponses, type Extras, type ProblemCode } from '../problem.ts'
+import type { FastifyContextConfig, FastifyRequest } from 'fastify'
+import { createSlices } from '../../concurrency/slices.ts'
+import type { Config } from '../../config.ts'
+import { isTooLarge, type PendingEvent } from '../../identity/event.ts'
+import {
+  brokenRules, Identity, MAX_IDENTITY_BYTES, surplusNames, type FieldError
+} from '../../identity/identity.ts'
+import type { Verdict } from '../../identity/verdict.ts'
 import type { Relay } from '../../relay/relay.ts'
-import { answerQueued, asProblem, BODY_TYPES, forIdentities, Headers, prefersAsync } from './responses.ts'
+import { checkUtf8, outline, parseJson, readBody } from '../body.ts'
+import {
+  asFieldErrors, fieldErrors, MAX_ERRORS, problemBody, problemResponses, type Extras, type ProblemCode
+} from '../problem.ts'
+import { answerQueued, asProblem, BODY_TYPES, forIdentities, Headers, prefersAsync, TOO_LONG } from './responses.ts'
 
 declare module 'fastify' {
   interface FastifyContextConfig {
-    /** The schema of the body for people, where the handler looks at some of it itself. */
+    /** The schema of the body for people, where the handler looks at it itself. */
     body?: object
   }
 }
 
-/** Mixpanel's own limit, with some 2 KB for each. */
+/** Mixpanel's own limit. */
 const MAX_IDENTITIES = 2000
-const BATCH_BODY_LIMIT = 4_194_304
 
-/** So many are looked at in one turn of the event loop: others have to be served as well. */
-const SLICE = 100
+/** What stands around the identities, with a number for each. */
+const MAX_OUTLINE = 16_384
+
+/** So much of one turn of the event loop may be spent on looking at identities, those of all batches together. */
+const SLICE_MS = 5
 
 const identitiesOf = <T extends object>(items: T) => Type.Object({
   identities: Type.Array(Type.Unsafe<Identity>(items), { minItems: 1, maxItems: MAX_IDENTITIES })
 }, { additionalProperties: false })
+
+/** The body with a number in the place of each identity. */
+const Outline = identitiesOf({})
 
 const Results = Type.Object({
   results: Type.Array(Type.Object({
@@ -33,61 +46,138 @@ const Results = Type.Object({
   }))
 }, {
   description: 'A verdict for each identity, in their order: 200 where all were accepted, 202 where all are accepted ' +
-    'or queued, else 207.'
+    `or queued, else 207. All problems together list at most ${MAX_ERRORS} fields; those beyond have no \`errors\`.`
 })
 
+interface Options { relay: Relay, config: Pick<Config, 'RATE_LIMIT_MAX'> }
+
+/** What is wrong with an identity, or what became of it, or the bug that it met. */
+type Outcome = FieldError[] | Verdict | Error
+
 /** `POST /identify/batch`: many identities, and what became of each. */
-export const batch: FastifyPluginAsyncTypebox<{ relay: Relay }> = async (app, { relay }) => {
+export const batch: FastifyPluginAsyncTypebox<Options> = async (app, { relay, config: { RATE_LIMIT_MAX: limit } }) => {
+  const nextSlice = createSlices(SLICE_MS)
+  app.removeAllContentTypeParsers()
+  app.addContentTypeParser(BODY_TYPES, readBody)
+
   app.post('/identify/batch', {
     ...forIdentities,
-    config: { ...forIdentities.config, body: identitiesOf(Identity) } satisfies FastifyContextConfig,
-    bodyLimit: BATCH_BODY_LIMIT,
-    async preValidation ({ body }, reply) {
-      const errors = surplusNames(body)
-      if (errors.length > 0) return reply.problem('invalid_request', { errors })
-    },
+    config: { body: identitiesOf(Identity), bodyShare: 0.75 } satisfies FastifyContextConfig,
+    bodyLimit: 1_048_576,
     schema: {
       operationId: 'identifyBatch',
       summary: 'Up to 2000 identities, a verdict for each',
       consumes: BODY_TYPES,
-      body: identitiesOf({}),
       querystring: Type.Object({}, { additionalProperties: false }),
       headers: Headers,
       response: { 200: Results, 202: Results, 207: Results, ...problemResponses() }
     }
   }, async (request, reply) => {
-    if (request.validationError) return reply.problem('invalid_request', { errors: fieldErrors(request) })
-    const isAsync = prefersAsync(request.headers.prefer)
-    let retryAfter = 0
+    const body = checkUtf8(request.body as Buffer | undefined ?? Buffer.alloc(0))
+    const found = find(request, body)
+    const errors = 'errors' in found ? found.errors : fieldErrors(request)
+    if ('errors' in found || errors.length > 0) return reply.problem('invalid_request', { errors })
+    const { count, bounds } = found
+    if (count > limit) {
+      const detail = `must not have more than ${limit} items, the limit of one caller (RATE_LIMIT_MAX)`
+      return reply.problem('invalid_request', { errors: [{ pointer: '/identities', detail }] })
+    }
+    // The request itself has been counted.
+    const wait = count > 1 ? await app.countMore(request, count - 1) : undefined
+    if (wait !== undefined) {
+      reply.headers({ 'ratelimit-limit': limit, 'ratelimit-remaining': 0, 'ratelimit-reset': wait })
+      return reply.problem('too_many_requests', { retryAfter: wait })
+    }
 
-    /** What is wrong with one of them, its pointers relative to it. */
-    function errorsOf (identity: unknown): FieldError[] {
+    // Nothing is sent before all of the body is known to be JSON.
+    const looked: (PendingEvent | FieldError[])[] = []
+    let room = MAX_ERRORS
+    let isAnyObject = false
+    for (let index = 0; index < count; index++) {
+      await nextSlice()
+      const one = look(bounds[2 * index] as number, bounds[2 * index + 1] as number)
+      isAnyObject ||= one !== NO_OBJECT
+      looked.push(Array.isArray(one) ? one.slice(0, room) : one)
+      if (Array.isArray(one)) room = Math.max(0, room - one.length)
+    }
+    if (!isAnyObject) {
+      // None of these is an identity, and an answer with a problem for each would be a hundred times as long.
+      const errors = looked.slice(0, MAX_ERRORS)
+        .map((_, index) => ({ pointer: `/identities/${index}`, detail: MUST_BE_OBJECT }))
+      return reply.problem('invalid_request', { errors })
+    }
+    // Not needed any more. While the events wait for Mixpanel it would hold as much memory again.
+    request.body = undefined
+
+    const isAsync = prefersAsync(request.headers.prefer)
+    const outcomes = await Promise.all(looked.map((one): Outcome | Promise<Outcome> =>
+      Array.isArray(one) ? one : relay.identify(one, { isAsync }).catch(asError)))
+    let retryAfter = 0
+    let queued = 0
+    let failed = 0
+    const results = outcomes.map((outcome, index) => {
+      if ('code' in outcome && (outcome.code === 'accepted' || outcome.code === 'queued')) {
+        if (outcome.code === 'queued') queued++
+        return { index, status: outcome.code }
+      }
+      failed++
+      if (outcome instanceof Error) reply.bug(outcome)
+      const [code, extras] = problemOf(outcome)
+      retryAfter = Math.max(retryAfter, extras.retryAfter ?? 0)
+      return { index, status: 'failed', problem: problemBody(code, request.id, extras) }
+    })
+    if (retryAfter > 0) reply.header('retry-after', retryAfter)
+    Object.assign(reply.logLine, { identities: count, queued, failed })
+    if (failed === 0 && queued !== 0) return answerQueued(reply, isAsync).send({ results })
+    return reply.code(failed === 0 ? 200 : 207).send({ results })
+
+    /** The event of an identity, or what is wrong with it, its pointers relative to it. Throws where it is no JSON. */
+    function look (start: number, end: number): PendingEvent | FieldError[] {
+      if (end - start > MAX_IDENTITY_BYTES) return [TOO_LONG]
+      const identity = parseJson(body, start, end)
+      if (typeof identity !== 'object' || identity === null || Array.isArray(identity)) return NO_OBJECT
       const surplus = surplusNames(identity)
       if (surplus.length > 0) return surplus
       const validate = request.compileValidationSchema(Identity)
-      return [...validate(identity) ? [] : asFieldErrors(validate.errors), ...brokenRules(identity)]
+      const errors = [...validate(identity) ? [] : asFieldErrors(validate.errors), ...brokenRules(identity)]
+      if (errors.length > 0) return errors
+      const event = relay.accept(identity as Identity)
+      return isTooLarge(event) ? [TOO_LONG] : event
     }
-
-    async function resultOf (identity: Identity, index: number) {
-      const errors = errorsOf(identity)
-      const verdict = errors.length === 0 ? await relay.identify(relay.accept(identity), { isAsync }) : undefined
-      if (verdict?.code === 'accepted' || verdict?.code === 'queued') return { index, status: verdict.code }
-      const [code, extras]: [ProblemCode, Extras] = verdict ? asProblem(verdict) : ['invalid_request', { errors }]
-      retryAfter = Math.max(retryAfter, extras.retryAfter ?? 0)
-      return { index, status: 'failed', problem: problemBody(code, request.id, extras) }
-    }
-
-    const pending: ReturnType<typeof resultOf>[] = []
-    for (const [index, identity] of request.body.identities.entries()) {
-      if (index > 0 && index % SLICE === 0) await setImmediate()
-      pending.push(resultOf(identity, index))
-    }
-    const results = await Promise.all(pending)
-    const [queued, failed] = ['queued', 'failed']
-      .map(wanted => results.filter(({ status }) => status === wanted).length)
-    if (retryAfter > 0) reply.header('retry-after', retryAfter)
-    Object.assign(reply.logLine, { identities: results.length, queued, failed })
-    if (failed === 0 && queued !== 0) return answerQueued(reply, isAsync).send({ results })
-    return reply.code(failed === 0 ? 200 : 207).send({ results })
   })
 }
+
+const MUST_BE_OBJECT = 'must be object'
+const NO_OBJECT: FieldError[] = [{ pointer: '', detail: MUST_BE_OBJECT }]
+
+const asError = (error: unknown) => error instanceof Error ? error : new Error(String(error))
+
+/** Where the identities of a body stand, or what is wrong with all of it. Throws a BodyError where it is no JSON. */
+function find (
+  request: FastifyRequest, body: Buffer
+): { errors: FieldError[] } | { count: number, bounds: number[] } {
+  const found = outline(body, MAX_IDENTITIES)
+  if (found === undefined) {
+    return { errors: [{ pointer: '/identities', detail: `must not have more than ${MAX_IDENTITIES} items` }] }
+  }
+  if (found.text.length > MAX_OUTLINE) {
+    return { errors: [{ pointer: '', detail: 'must not have other fields than identities' }] }
+  }
+  const outer = parseJson(Buffer.from(found.text))
+  const surplus = surplusNames(outer)
+  if (surplus.length > 0) return { errors: surplus }
+  const validate = request.compileValidationSchema(Outline)
+  if (!validate(outer)) return { errors: asFieldErrors(validate.errors) }
+  // Of two lists of one name JSON.parse takes the last.
+  const numbers = (outer as { identities: unknown[] }).identities as number[]
+  return { count: numbers.length, bounds: numbers.flatMap(at => found.bounds.slice(2 * at, 2 * at + 2)) }
+}
+
+/** The problem of an identity that is neither accepted nor queued. */
+function problemOf (outcome: Outcome): [code: ProblemCode, extras: Extras] {
+  if (outcome instanceof Error) return ['internal', {}]
+  if (!Array.isArray(outcome)) return asProblem(outcome as Parameters<typeof asProblem>[0])
+  return ['invalid_request', outcome.length > 0 ? { errors: outcome } : { detail: UNLISTED }]
+}
+
+const UNLISTED = `A rule is broken. This answer names ${MAX_ERRORS} broken fields already, and no more.`

@@ -1,18 +1,20 @@
 import type { FastifyPluginAsyncTypebox } from '@fastify/type-provider-typebox'
 import { Type } from '@sinclair/typebox'
-import type { Relay } from '../../relay/relay.ts'
 
 const Health = Type.Object({
   status: Type.String({ examples: ['ready'] }),
   parts: Type.Optional(Type.Record(Type.String(), Type.Unknown()))
 }, { description: 'With ?verbose also the parts, for people; Mixpanel among them, which never decides the status.' })
 
+/** What goes on, for people. */
+type Parts = () => Record<string, unknown>
+
 const quietly = { quiet: true }
 
 /** For orchestrators. Readiness says nothing of Mixpanel: to bypass or restart a relay heals no outage. */
-export const operations: FastifyPluginAsyncTypebox<{ relay: Relay }> = async (app, { relay }) => {
+export const operations: FastifyPluginAsyncTypebox<{ parts: Parts }> = async (app, { parts }) => {
   /** `?verbose` shows the parts. */
-  const health = (status: string, query: object) => 'verbose' in query ? { status, parts: relay.state() } : { status }
+  const health = (status: string, query: object) => 'verbose' in query ? { status, parts: parts() } : { status }
   const schema = (operationId: string, summary: string) => ({
     operationId, summary, querystring: Type.Object({ verbose: Type.Optional(Type.String()) }), response: { 200: Health }
   })

@@ -1,9 +1,11 @@
 import type { FastifyPluginAsyncTypebox } from '@fastify/type-provider-typebox'
 import { Type } from '@sinclair/typebox'
-import { brokenRules, Identity } from '../../identity/identity.ts'
+import { isTooLarge } from '../../identity/event.ts'
+import { brokenRules, Identity, MAX_IDENTITY_BYTES, surplusNames } from '../../identity/identity.ts'
+import { readJson } from '../body.ts'
 import { fieldErrors, problemResponses } from '../problem.ts'
 import type { Relay } from '../../relay/relay.ts'
-import { answerQueued, asProblem, BODY_TYPES, forIdentities, Headers, prefersAsync } from './responses.ts'
+import { answerQueued, asProblem, BODY_TYPES, forIdentities, Headers, prefersAsync, TOO_LONG } from './responses.ts'
 
 const Flag = (description: string) =>
   Type.Optional(Type.Unsafe<'0' | '1'>({ type: 'string', enum: ['0', '1'], description }))
@@ -30,10 +32,25 @@ const Preview = Type.Object({
   event: Type.Literal('$identify'), properties: Type.Record(Type.String(), Type.Unknown())
 }, { description: 'With dry_run=1: the event that would be sent.' })
 
+/** A caller's own body is worth a look at so many fields: that takes a millisecond. */
+const MAX_NAMED_FIELDS = 1000
+
+/** Room for white space; what is longer is not read to its end. */
+const BODY_LIMIT = 2 * MAX_IDENTITY_BYTES
+
 /** `POST /identify`: one identity, and what became of it. */
 export const identify: FastifyPluginAsyncTypebox<{ relay: Relay }> = async (app, { relay }) => {
+  app.removeAllContentTypeParsers()
+  app.addContentTypeParser(BODY_TYPES, readJson(MAX_IDENTITY_BYTES))
+
   app.post('/identify', {
     ...forIdentities,
+    bodyLimit: BODY_LIMIT,
+    preValidation ({ body }, reply, done) {
+      const errors = surplusNames(body, MAX_NAMED_FIELDS)
+      if (errors.length > 0) reply.problem('invalid_request', { errors })
+      else done()
+    },
     schema: {
       operationId: 'identify',
       summary: 'Tell Mixpanel that an anonymous user is this user',
@@ -51,6 +68,9 @@ export const identify: FastifyPluginAsyncTypebox<{ relay: Relay }> = async (app,
       return reply.problem('invalid_request', { errors: [...fieldErrors(request), ...errors] })
     }
     const event = relay.accept(request.body)
+    if (isTooLarge(event)) return reply.problem('invalid_request', { errors: [TOO_LONG] })
+    // Not needed any more. While the event waits for Mixpanel it would hold as much memory again.
+    request.body = undefined as never
     if (request.query.dry_run === '1') return reply.send(relay.preview(event))
     reply.logLine.insert_id = event.insertId
     const isAsync = prefersAsync(request.headers.prefer)

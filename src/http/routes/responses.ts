@@ -1,10 +1,15 @@
 import { Type } from '@sinclair/typebox'
 import type { FastifyReply } from 'fastify'
+import { tooLong } from '../body.ts'
 import type { Extras, ProblemCode } from '../problem.ts'
+import { MAX_IDENTITY_BYTES, type FieldError } from '../../identity/identity.ts'
 import type { Verdict } from '../../identity/verdict.ts'
 
 /** Of both routes: they report what the schema found together with the rules that no schema can express. */
-export const forIdentities = { attachValidation: true, config: { rateLimit: {} } }
+export const forIdentities = { attachValidation: true }
+
+/** What is wrong with an identity of too many bytes. */
+export const TOO_LONG: FieldError = { pointer: '', detail: tooLong(MAX_IDENTITY_BYTES) }
 
 export const BODY_TYPES = ['application/json', 'text/plain']
 

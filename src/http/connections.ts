@@ -1,0 +1,180 @@
+import { createServer, type IncomingMessage, type RequestListener, type Server, type ServerResponse } from 'node:http'
+import type { Socket } from 'node:net'
+import fp from 'fastify-plugin'
+import type { Config } from '../config.ts'
+import { addressKey, createNetworks } from './address.ts'
+import { linger } from './lingering-close.ts'
+import { createPipelining, endAfterAnswers, isLast, unfinished, type Pipeline } from './pipelining.ts'
+
+/** A request that is not complete by then is closed with 408. */
+const REQUEST_TIMEOUT_MS = 10_000
+
+/** Longer than the idle time of common load balancers (Google's has 600 s), which meet a closing connection else. */
+const KEEP_ALIVE_MS = 620_000
+
+/** An answer that its caller has not taken after so many looks, one a second, is given up with its connection. */
+const MAX_UNREAD_SWEEPS = 10
+const SWEEP_MS = 1000
+
+/** A body that is refused unread is read and thrown away up to this length, for the sake of the connection. */
+const MAX_IGNORED_BYTES = 65_536
+
+/** The share of all connections that one address may hold. */
+const ADDRESS_SHARE = 4
+
+interface Connection {
+  address: string
+  pipeline: Pipeline
+  /** Bytes that the peer had taken at the last look, and how often it had taken none. */
+  taken: number
+  unreadSweeps: number
+}
+
+interface Options {
+  config: Pick<Config, 'MAX_CONNECTIONS' | 'TRUST_PROXY'>
+  /** Called for what keeps connections from being accepted, such as EMFILE. */
+  onError: (error: Error) => void
+}
+
+export type Connections = ReturnType<typeof createConnections>
+
+/**
+ * Bounds what a peer can make the relay hold by its connections alone: how many there are, in all and by address; how
+ * many requests of one are under way; how long an answer waits to be read. Node bounds none of it.
+ */
+export function createConnections ({ config: { MAX_CONNECTIONS: max, TRUST_PROXY: proxies }, onError }: Options) {
+  const connections = new Map<Socket, Connection>()
+  const mayHoldAll = createNetworks(['127.0.0.0/8', '::1', ...proxies])
+  const byAddress = new Map<string, number>()
+  const pipelining = createPipelining()
+
+  /** Counts a new connection in, or closes it where there is no room for it. */
+  function admit (socket: Socket): void {
+    const { remoteAddress = '' } = socket
+    const address = addressKey(remoteAddress)
+    const held = byAddress.get(address) ?? 0
+    const hasRoom = mayHoldAll(remoteAddress) || held < max / ADDRESS_SHARE || evict(address)
+    if (!hasRoom || (connections.size >= max && !evict())) {
+      socket.destroy()
+      return
+    }
+    // Read again: what was evicted may have been of the same address.
+    byAddress.set(address, (byAddress.get(address) ?? 0) + 1)
+    const connection = { address, pipeline: pipelining.open(), taken: 0, unreadSweeps: 0 }
+    connections.set(socket, connection)
+    // Node calls this after an answer with `connection: close`. With a body unread the kernel would reset the peer.
+    socket.destroySoon = () => linger(socket)
+    socket.on('close', () => forget(socket, connection))
+  }
+
+  function forget (socket: Socket, connection: Connection): void {
+    if (!connections.delete(socket)) return
+    const held = byAddress.get(connection.address) as number
+    if (held === 1) byAddress.delete(connection.address)
+    else byAddress.set(connection.address, held - 1)
+    pipelining.close(connection.pipeline)
+  }
+
+  /**
+   * Closes the connection that can best be spared, of `address` or of all: the oldest that never sent a whole request
+   * head, else the oldest that is idle, else the oldest whose body still arrives. False where every one is at work.
+   */
+  function evict (address?: string): boolean {
+    let idle: Socket | undefined
+    let arriving: Socket | undefined
+    for (const [socket, connection] of connections) {
+      if (address !== undefined && address !== connection.address) continue
+      const { hasAsked, unanswered } = connection.pipeline
+      if (!hasAsked) return close(socket)
+      if (unanswered === 0) idle ??= socket
+      else if (unfinished(connection.pipeline) === 0) arriving ??= socket
+    }
+    return close(idle ?? arriving)
+  }
+
+  function close (socket: Socket | undefined): boolean {
+    if (socket === undefined) return false
+    forget(socket, connections.get(socket) as Connection)
+    socket.destroy()
+    return true
+  }
+
+  /** Gives up answers that are not read. Looks are counted, not time: a stall of this process is not the peer's. */
+  function sweep (): void {
+    for (const [socket, connection] of connections) {
+      const { writableLength } = socket
+      const taken = writableLength === 0 ? 0 : socket.bytesWritten - writableLength
+      connection.unreadSweeps = writableLength > 0 && taken === connection.taken ? connection.unreadSweeps + 1 : 0
+      connection.taken = taken
+      if (connection.unreadSweeps >= MAX_UNREAD_SWEEPS) socket.destroy()
+    }
+  }
+
+  const timer = setInterval(sweep, SWEEP_MS).unref()
+
+  return {
+    /** How many are open. */
+    count: () => connections.size,
+
+    /** For Fastify: a server whose connections and requests are bounded, and which calls `handler` for the others. */
+    serverFactory (handler: RequestListener): Server {
+      const server = createServer({
+        requestTimeout: REQUEST_TIMEOUT_MS,
+        // Node swaps the two when this is the longer one, and by default looks for late requests every 30 s.
+        headersTimeout: REQUEST_TIMEOUT_MS,
+        connectionsCheckingInterval: 500,
+        keepAliveTimeout: KEEP_ALIVE_MS,
+        // Node would answer a missing Host by itself, without a problem; plugins/framing does.
+        requireHostHeader: false
+      })
+      const onRequest = (request: IncomingMessage, response: ServerResponse) => {
+        const pipeline = connections.get(request.socket)?.pipeline
+        if (pipeline !== undefined) pipelining.receive(pipeline, request, response, handler)
+      }
+      server.on('connection', admit)
+      server.on('request', onRequest)
+      // Node would answer other expectations than 100-continue by itself; a server may ignore them (RFC 9110).
+      server.on('checkExpectation', onRequest)
+      server.on('error', onError)
+      // Node would drop headers after the thousandth in silence, an Origin among them. Their size is bounded.
+      server.maxHeadersCount = 0
+      server.on('close', () => clearInterval(timer))
+      return server
+    },
+
+    /** Answers bytes that are no request with `answer`, after the answers under way, and closes the connection. */
+    refuseBytes (socket: Socket, answer: () => string): void {
+      const connection = connections.get(socket)
+      if (connection === undefined || !socket.writable) {
+        socket.destroy()
+        return
+      }
+      endAfterAnswers(connection.pipeline, () => {
+        if (!socket.writable) return
+        socket.write(answer())
+        linger(socket)
+      })
+    },
+
+    /** The hooks that tell a connection how far its requests are. Registered after all that set `connection`. */
+    hooks: fp(async app => {
+      app.addHook('preHandler', ({ raw }, reply, done) => {
+        const connection = connections.get(raw.socket)
+        if (connection !== undefined) pipelining.checked(connection.pipeline, raw, app.routing)
+        done()
+      })
+      app.addHook('onSend', ({ raw }, reply, payload, done) => {
+        const pipeline = connections.get(raw.socket)?.pipeline
+        if (isLongUnread(raw) || (pipeline !== undefined && isLast(pipeline, raw))) reply.header('connection', 'close')
+        if (pipeline !== undefined && reply.getHeader('connection') === 'close') pipeline.isClosing = true
+        done(null, payload)
+      })
+    })
+  }
+}
+
+/** True where more of a body follows, or may follow, than is read after its answer. */
+function isLongUnread ({ complete, headers }: IncomingMessage): boolean {
+  if (complete !== false) return false
+  return 'transfer-encoding' in headers || Number(headers['content-length'] ?? 0) > MAX_IGNORED_BYTES
+}

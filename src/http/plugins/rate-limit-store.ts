@@ -1,0 +1,104 @@
+import type { FastifyRateLimitStore } from '@fastify/rate-limit'
+import { throttled, type Log } from '../../log.ts'
+import { inTime, SOON_MS, type Redis } from '../../redis.ts'
+
+/** How many callers are remembered. Beyond that the one whose window began first is forgotten. */
+const MAX_CALLERS = 100_000
+
+/** How often it is said that Redis does not count. */
+const COMPLAINT_MS = 60_000
+
+/** What a caller has used of its window, with what it asks for now, and how long the window still lasts in ms. */
+export interface Usage { current: number, ttl: number }
+
+interface Options {
+  /** The most that a caller may use of one window, and the window's length in ms. */
+  max: number
+  windowMs: number
+  /** Where all relays count together, and what its keys begin with. */
+  redis?: { connection: Redis, prefix: string } | undefined
+  log: Log
+}
+
+/**
+ * KEYS: a caller's counter. ARGV: how much is asked for, the most, the window in ms. Counts only what is allowed.
+ * Returns { used, with what is asked for; ms until the window ends }.
+ */
+const COUNT = `
+local used, asked = tonumber(redis.call('GET', KEYS[1]) or '0'), tonumber(ARGV[1])
+if used + asked <= tonumber(ARGV[2]) then redis.call('INCRBY', KEYS[1], asked) end
+local left = redis.call('PTTL', KEYS[1])
+if left < 0 then
+  redis.call('PEXPIRE', KEYS[1], ARGV[3])
+  left = tonumber(ARGV[3])
+end
+return { used + asked, left }`
+
+export type RateLimitStore = FastifyRateLimitStore & {
+  /** Counts `amount` for a caller if the limit allows it, and resolves with what that makes. Never rejects. */
+  add: (key: string, amount: number) => Promise<Usage>
+}
+
+/**
+ * The counters of @fastify/rate-limit: fixed windows, one for each caller and all routes. With Redis all relays count
+ * together; while it fails or refuses, each goes by its own count, which it keeps all the time.
+ */
+export function createRateLimitStore ({ max, windowMs, redis, log }: Options): RateLimitStore {
+  const countHere = createCounter(max, windowMs)
+  const complain = throttled((what, message) => log.warn(what, message), COMPLAINT_MS)
+  const countThere = redis && createSharedCounter(redis, max, windowMs)
+
+  function add (key: string, amount: number): Usage | Promise<Usage> {
+    const here = countHere(key, amount)
+    return countThere?.(key, amount).catch(error => {
+      complain({ cause: error.message }, 'rate limits are not shared')
+      return here
+    }) ?? here
+  }
+
+  const store: RateLimitStore = {
+    incr (key, callback) {
+      const usage = add(key, 1)
+      if ('then' in usage) usage.then(found => callback(null, found), error => callback(error))
+      else callback(null, usage)
+    },
+    // One budget for all routes.
+    child: () => store,
+    add: async (key, amount) => add(key, amount)
+  }
+  return store
+}
+
+/** Counts in this process, by a clock that nobody sets. */
+function createCounter (max: number, windowMs: number): (key: string, amount: number) => Usage {
+  /** The callers in the order in which their windows began. */
+  const windows = new Map<string, { used: number, since: number }>()
+
+  return (key, amount) => {
+    const now = performance.now()
+    let window = windows.get(key)
+    if (window === undefined || now - window.since >= windowMs) {
+      windows.delete(key)
+      if (windows.size >= MAX_CALLERS) windows.delete(windows.keys().next().value as string)
+      window = { used: 0, since: now }
+      windows.set(key, window)
+    }
+    const current = window.used + amount
+    if (current <= max) window.used = current
+    return { current, ttl: window.since + windowMs - now }
+  }
+}
+
+/** Counts in Redis. Rejects where Redis does not count, for whatever reason, within SOON_MS. */
+function createSharedCounter (
+  { connection, prefix }: NonNullable<Options['redis']>, max: number, windowMs: number
+) {
+  type Script = (key: string, ...args: number[]) => Promise<[current: number, ttl: number]>
+  connection.defineCommand('identifyRateLimit', { numberOfKeys: 1, lua: COUNT })
+  const { identifyRateLimit: count } = connection as unknown as { identifyRateLimit: Script }
+  return async (key: string, amount: number): Promise<Usage> => {
+    const command = count.call(connection, prefix + key, amount, max, windowMs)
+    const [current, ttl] = await inTime(connection, SOON_MS, command)
+    return { current, ttl }
+  }
+}
