@@ -86,9 +86,8 @@ export async function buildApp (config: Config, { relay, redis, logger, document
   })
   // Nearly every answer is one constant or a problem; compiled serializers for the rest would only lengthen the start.
   app.setSerializerCompiler(() => data => JSON.stringify(data))
-  // The identity routes have parsers of their own. Elsewhere a body is not read: what is not found has no use for it.
+  // The identity routes have parsers of their own. The body of what is not found is not read.
   app.removeAllContentTypeParsers()
-  app.addContentTypeParser('*', (request, payload, done) => done(null))
 
   const parts = () => ({ connections: connections.count(), bytes_in_flight: app.bytesInFlight(), ...relay.state() })
   await app.register(operations, { parts })

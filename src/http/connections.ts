@@ -19,11 +19,16 @@ const SWEEP_MS = 1000
 /** A body that is refused unread is read and thrown away up to this length, for the sake of the connection. */
 const MAX_IGNORED_BYTES = 65_536
 
+/** A connection that is silent for longer is no client whose request is on its way. */
+const FRESH_MS = 500
+
 /** The share of all connections that one address may hold. */
 const ADDRESS_SHARE = 4
 
 interface Connection {
   address: string
+  /** When it was opened, by performance.now(). */
+  since: number
   pipeline: Pipeline
   /** Bytes that the peer had taken at the last look, and how often it had taken none. */
   taken: number
@@ -60,7 +65,8 @@ export function createConnections ({ config: { MAX_CONNECTIONS: max, TRUST_PROXY
     }
     // Read again: what was evicted may have been of the same address.
     byAddress.set(address, (byAddress.get(address) ?? 0) + 1)
-    const connection = { address, pipeline: pipelining.open(), taken: 0, unreadSweeps: 0 }
+    const since = performance.now()
+    const connection = { address, since, pipeline: pipelining.open(), taken: 0, unreadSweeps: 0 }
     connections.set(socket, connection)
     // Node calls this after an answer with `connection: close`. With a body unread the kernel would reset the peer.
     socket.destroySoon = () => linger(socket)
@@ -76,20 +82,23 @@ export function createConnections ({ config: { MAX_CONNECTIONS: max, TRUST_PROXY
   }
 
   /**
-   * Closes the connection that can best be spared, of `address` or of all: the oldest that never sent a whole request
-   * head, else the oldest that is idle, else the oldest whose body still arrives. False where every one is at work.
+   * Closes the connection that can best be spared, of `address` or of all: the oldest that has long been silent, else
+   * the oldest that is idle, else the oldest that has sent no whole head yet, else the oldest whose body still arrives.
+   * False where every one is at work.
    */
   function evict (address?: string): boolean {
     let idle: Socket | undefined
+    let fresh: Socket | undefined
     let arriving: Socket | undefined
-    for (const [socket, connection] of connections) {
-      if (address !== undefined && address !== connection.address) continue
-      const { hasAsked, unanswered } = connection.pipeline
-      if (!hasAsked) return close(socket)
-      if (unanswered === 0) idle ??= socket
-      else if (unfinished(connection.pipeline) === 0) arriving ??= socket
+    const longAgo = performance.now() - FRESH_MS
+    for (const [socket, { address: its, since, pipeline }] of connections) {
+      if (address !== undefined && address !== its) continue
+      if (!pipeline.hasAsked && since < longAgo) return close(socket)
+      if (!pipeline.hasAsked) fresh ??= socket
+      else if (pipeline.unanswered === 0) idle ??= socket
+      else if (unfinished(pipeline) === 0) arriving ??= socket
     }
-    return close(idle ?? arriving)
+    return close(idle ?? fresh ?? arriving)
   }
 
   function close (socket: Socket | undefined): boolean {

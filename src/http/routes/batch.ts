@@ -57,7 +57,6 @@ type Outcome = FieldError[] | Verdict | Error
 /** `POST /identify/batch`: many identities, and what became of each. */
 export const batch: FastifyPluginAsyncTypebox<Options> = async (app, { relay, config: { RATE_LIMIT_MAX: limit } }) => {
   const nextSlice = createSlices(SLICE_MS)
-  app.removeAllContentTypeParsers()
   app.addContentTypeParser(BODY_TYPES, readBody)
 
   app.post('/identify/batch', {

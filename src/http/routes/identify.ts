@@ -40,7 +40,6 @@ const BODY_LIMIT = 2 * MAX_IDENTITY_BYTES
 
 /** `POST /identify`: one identity, and what became of it. */
 export const identify: FastifyPluginAsyncTypebox<{ relay: Relay }> = async (app, { relay }) => {
-  app.removeAllContentTypeParsers()
   app.addContentTypeParser(BODY_TYPES, readJson(MAX_IDENTITY_BYTES))
 
   app.post('/identify', {
