@@ -174,7 +174,7 @@ t.test('an address may hold a quarter of the connections, loopback and proxies a
 t.test('ordinary clients read the answer to a body that is refused unread', async t => {
   const { app, port } = await listening(t)
   const url = `http://127.0.0.1:${port}`
-  const send = async (body: BodyInit, path = '/identify', headers: Env = { 'content-type': 'application/json' }) => {
+  const send = async (body: RequestInit['body'], path = '/identify', headers: Env = { 'content-type': 'application/json' }) => {
     const answer = await fetch(url + path, { method: 'POST', headers, body, duplex: 'half' } as RequestInit)
     await answer.text()
     return answer.status
