@@ -269,6 +269,54 @@ t.test('the batcher: order, bounds, lateness, a send that throws', async t => {
   t.equal(batcher.waiting(), 0)
 })
 
+t.test('the batcher: bytes', async t => {
+  const sent: number[][] = []
+  const batcher = createBatcher<number, number>({
+    send: async items => {
+      sent.push(items)
+      await sleep(20)
+      return items
+    },
+    maxBatch: 100,
+    bytesOf: item => item,
+    maxBytes: 10,
+    freeSends: 1,
+    late: { afterMs: 1000, result: -1 }
+  })
+  const items = [4, 4, 4, 10, 30, 1, 9, 1]
+  t.same(await Promise.all(items.map(item => batcher.add(item))), items)
+  t.same(sent, [[4, 4], [4], [10], [30], [1, 9], [1]])
+  await batcher.add(5)
+  t.same(sent.at(-1), [5], 'nothing is left in the count')
+})
+
+t.test('what is thrown while encoding or sending reaches its own callers, and leaves the breaker as it was', async t => {
+  const config = readConfig({ MIXPANEL_TOKEN: 'x', MAX_BATCH: '1' }, () => '')
+  const state = { bug: '' }
+  const mixpanel = {
+    encode (events: unknown[]) {
+      if (state.bug === 'encode') throw new RangeError('Invalid string length')
+      return events
+    },
+    async send (): Promise<Verdict> {
+      if (state.bug === 'send') throw new Error('a bug')
+      return state.bug === 'down' ? { code: 'mixpanel_unreachable', cause: 'status 503', again: true } : { code: 'accepted' }
+    }
+  } as unknown as Mixpanel
+  const { deliver, isOpen } = createDelivery(config, mixpanel, { debug () {}, info () {}, warn () {}, error () {} })
+  const item = () => [{ event: identifyEvent(identity(), 0), isStrict: false, deadline: performance.now() + 60 }]
+  for (const bug of ['encode', 'send']) {
+    state.bug = 'down'
+    for (let count = 0; count < 5; count++) await deliver(item())
+    t.equal(isOpen(), true)
+    await sleep(1050)
+    state.bug = bug
+    await t.rejects(deliver(item()), 'the probe')
+    state.bug = ''
+    t.same(await deliver(item()), [{ code: 'accepted' }], `${bug}: another may probe`)
+  }
+})
+
 t.test('names beyond count are refused at once, and hold up nobody', async t => {
   const { inject, sandbox } = await startRelay(t)
   const many = (count: number, prefix: string) => Object.fromEntries(Array.from({ length: count }, (_, index) => [`${prefix}${index}`, 1]))

@@ -1,5 +1,6 @@
 import { connect } from 'node:net'
 import type { AddressInfo } from 'node:net'
+import fc from 'fast-check'
 import { t } from 'tap'
 import { exchange, identity, startRelay, type Env } from './helper.ts'
 
@@ -80,6 +81,12 @@ t.test('methods, paths, sizes and types', async t => {
     [{ 'content-type': 'application/json', 'content-encoding': 'gzip' }, 415],
     [{ 'content-type': 'application/json', 'content-encoding': 'br' }, 415],
     [{ 'content-type': 'application/json', 'content-encoding': 'identity' }, 200],
+    [{ 'content-type': 'application/json', 'content-encoding': '' }, 200],
+    [{ 'content-type': 'application/json; charset=utf-16' }, 415],
+    [{ 'content-type': 'application/json;charset="ISO-8859-1"' }, 415],
+    [{ 'content-type': 'text/plain; x=y; charset=latin1' }, 415],
+    [{ 'content-type': 'application/json; charset=UTF8' }, 200],
+    [{ 'content-type': 'application/json; charset="UTF-8"' }, 200],
     [{ 'content-type': 'application/json; charset=utf-8' }, 200],
     [{ 'content-type': 'text/plain' }, 200]
   ]
@@ -91,7 +98,25 @@ t.test('methods, paths, sizes and types', async t => {
   t.match(large.json(), { status: 400, errors: [{ pointer: '', detail: 'must be at most 64 KiB of JSON' }] })
   const larger = await post(identity({ properties: { a: 'x'.repeat(140_000) } }))
   t.match(larger.json(), { status: 413, code: 'body_too_large' })
-  t.equal(sandbox.requests.length, 3)
+  t.equal(sandbox.requests.length, 6)
+})
+
+t.test('no path is an error of ours', async t => {
+  const relay = await startRelay(t)
+  const { inject } = relay
+  const port = await listen(relay)
+  for (const path of ['/*x', '/:a(', '/:a(b', '/::', '/*', '/:', '/a*', '/identify*', '/identify:', '/(', '/[', '/{}', '/__proto__', '/constructor', '//', '/../x', '/identify?*', '/;x']) {
+    for (const method of ['GET', 'POST', 'PUT', 'OPTIONS']) {
+      const { statusCode } = await inject({ method, url: path })
+      t.ok([400, 404, 405].includes(statusCode), `${method} ${path}: ${statusCode}`)
+    }
+  }
+  const sign = fc.constantFrom(...'/:*()[]{}?#%&=+$^|.~-_a0\\;,@!\'"<> é'.split(''))
+  await fc.assert(fc.asyncProperty(fc.array(sign), fc.constantFrom('GET', 'POST', 'DELETE'), async (signs, method) => {
+    const answer = await exchange(port, `${method} /${signs.join('')} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n`, 1000)
+    return /^HTTP\/1.1 (200|400|404|405) /.test(answer)
+  }), { numRuns: 1000 })
+  t.pass('a thousand others')
 })
 
 t.test('a request keeps its own id when it is fit for a log', async t => {
@@ -242,6 +267,11 @@ t.test('raw bytes: nothing is smuggled', async t => {
     ['chunked and length', post(`host: x\r\ntransfer-encoding: chunked\r\n${length}`, chunked), 400],
     ['xchunked', post('host: x\r\ntransfer-encoding: xchunked\r\n', chunked), 400],
     ['chunked, identity', post('host: x\r\ntransfer-encoding: chunked, identity\r\n', chunked), 400],
+    ['gzip, chunked', post('host: x\r\ntransfer-encoding: gzip, chunked\r\n', chunked), 400],
+    ['chunked twice', post('host: x\r\ntransfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n', chunked), 400],
+    ['Chunked', post('host: x\r\ntransfer-encoding: Chunked\r\n', chunked), 200],
+    ['chunked from HTTP/1.0', post('host: x\r\ntransfer-encoding: chunked\r\n', chunked, 'POST /identify HTTP/1.0'), 400],
+    ['gzip from HTTP/1.0', post('host: x\r\ntransfer-encoding: gzip\r\n', body, 'POST /identify HTTP/1.0'), 400],
     ['two lengths', post(`host: x\r\n${length}content-length: 5\r\n`, body), 400],
     ['two equal lengths', post(`host: x\r\n${length}${length}`, body), 400],
     ['a length with a sign', post(`host: x\r\ncontent-length: +${body.length}\r\n`, body), 400],

@@ -78,15 +78,19 @@ export async function startRelay (t: Test, env: Env = {}, options: Parameters<ty
   }
 }
 
-/** A built program of ours as a real process: what it printed so far, its exit, and a wait for some words. */
-export function startProcess (t: Test, script: string, args: string[] = [], env: Env = {}) {
+/** A built program of ours as a real process: what it printed so far, its exit, and a wait for some words. It must not break. */
+export function startProcess (t: Test, script: string, args: string[] = [], env: Env = {}, { mayBreak = false } = {}) {
   // Of tap's loaders the program needs none; of its environment what makes coverage work.
   const loaders = process.execArgv.filter(argument => /processinfo/.test(argument))
   const tap = Object.fromEntries(Object.entries(process.env).filter(([name]) => /^_?TAP|^NODE_|^PATH$/.test(name)))
   const child: ChildProcess = spawn(process.execPath, [...loaders, script, ...args], { env: { ...tap as Env, ...env } })
   let output = ''
   for (const stream of [child.stdout, child.stderr]) stream?.on('data', chunk => { output += String(chunk) })
-  const exit = new Promise<number | null>(resolve => child.once('close', resolve))
+  const exit = new Promise<number | null>(resolve => child.once('close', code => {
+    // An unhandled rejection, or any other bug outside of requests.
+    if (/"level":60|unhandledRejection|uncaughtException/.test(output) && !mayBreak) t.fail(`the process broke: ${output.slice(-2000)}`)
+    resolve(code)
+  }))
   t.teardown(() => { child.kill('SIGKILL') })
 
   async function until (words: RegExp): Promise<RegExpExecArray> {
@@ -123,7 +127,7 @@ export async function startRedis (t: Test, { port = 0, dir = t.testdir({}), fsyn
   return { child, exit, port: free, dir, url: `redis://127.0.0.1:${free}` }
 }
 
-async function freePort (): Promise<number> {
+export async function freePort (): Promise<number> {
   const server = createServer().listen(0, '127.0.0.1')
   await once(server, 'listening')
   const { port } = server.address() as AddressInfo

@@ -1,21 +1,25 @@
-import { readFileSync } from 'node:fs'
+import { spawn } from 'node:child_process'
+import { existsSync, openSync, readFileSync } from 'node:fs'
 import { connect, type Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
 import { parse } from 'yaml'
-import { exchange, identity, leaks, startProcess, startSandbox, TOKEN, type Env } from './helper.ts'
+import { exchange, freePort, identity, leaks, startProcess, startSandbox, TOKEN, type Env } from './helper.ts'
 
 const SERVER = 'dist/server.js'
 
-async function startServer (t: Parameters<typeof startProcess>[0], env: Env = {}) {
+async function startServer (t: Parameters<typeof startProcess>[0], env: Env = {}, options = {}) {
   const sandbox = await startSandbox(t)
-  const server = startProcess(t, SERVER, [], { MIXPANEL_TOKEN: TOKEN, MIXPANEL_URL: sandbox.url, PORT: '0', LOG_LEVEL: 'debug', ...env })
+  const server = startProcess(t, SERVER, [], { MIXPANEL_TOKEN: TOKEN, MIXPANEL_URL: sandbox.url, PORT: '0', LOG_LEVEL: 'debug', ...env }, options)
   const [, url] = await server.until(/Server listening at (http:[^"]+)"/)
   const post = (body: unknown = identity()) => fetch(`${url}/identify`, {
     method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify(body)
   })
   return { ...server, sandbox, url: url as string, post }
 }
+
+/** Resident memory of a process, in MB. */
+const residentMb = (pid = 0) => Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))?.[1]) / 1024
 
 t.test('mistakes in the configuration: exit 1 and one sentence each', async t => {
   const { url } = await startSandbox(t)
@@ -124,7 +128,7 @@ t.test('a connection that says nothing does not hold up the end', async t => {
 
 t.test('a bug outside of requests is logged and ends the process in order', async t => {
   const throwing = 'data:text/javascript,setTimeout(() => { throw new Error("from nowhere") }, 1500)'
-  const { exit, output, post } = await startServer(t, { NODE_OPTIONS: `--import=${encodeURI(throwing)}` })
+  const { exit, output, post } = await startServer(t, { NODE_OPTIONS: `--import=${encodeURI(throwing)}` }, { mayBreak: true })
   t.equal((await post()).status, 200)
   t.equal(await exit, 1)
   t.match(output(), /"level":60,.*from nowhere.*"msg":"bug"/)
@@ -169,4 +173,145 @@ t.test('openapi prints the document that the repository holds', async t => {
   const { exit, output } = startProcess(t, SERVER, ['openapi'], { MIXPANEL_TOKEN: TOKEN, LOG_LEVEL: 'silent' })
   t.equal(await exit, 0)
   t.equal(output(), readFileSync('openapi.yaml', 'utf8'))
+})
+
+t.test('a signal while it starts: exit 0', async t => {
+  const launch = () => {
+    const child = spawn(process.execPath, [SERVER], { env: { MIXPANEL_TOKEN: TOKEN, PORT: '0' } })
+    t.teardown(() => { child.kill('SIGKILL') })
+    return child
+  }
+  const started = performance.now()
+  const whole = launch()
+  await new Promise<void>(resolve => whole.stdout.on('data', chunk => /Server listening/.test(String(chunk)) && resolve()))
+  const startMs = performance.now() - started
+  for (const share of [0.4, 0.6, 0.8]) {
+    const child = launch()
+    await sleep(startMs * share)
+    child.kill('SIGTERM')
+    t.same(await new Promise(resolve => child.once('exit', (...how) => resolve(how))), [0, null], `after ${share} of its start`)
+  }
+})
+
+t.test('SIGHUP ends nothing', async t => {
+  const { child, exit, post } = await startServer(t)
+  child.kill('SIGHUP')
+  await sleep(200)
+  t.equal((await post()).status, 200)
+  child.kill('SIGTERM')
+  t.equal(await exit, 0)
+})
+
+t.test('npm start: when npm ends, or is killed, the relay drains and exits', async t => {
+  for (const signal of ['SIGTERM', 'SIGKILL'] as const) {
+    const env = { PATH: process.env.PATH, HOME: process.env.HOME, MIXPANEL_TOKEN: TOKEN, PORT: '0' }
+    const npm = spawn('npm', ['start'], { env, detached: true })
+    t.teardown(() => { try { process.kill(-(npm.pid as number), 'SIGKILL') } catch {} })
+    let output = ''
+    npm.stdout.on('data', chunk => { output += String(chunk) })
+    while (!/Server listening at (http:[^"]+)"/.test(output)) await sleep(50)
+    const [, url] = /Server listening at (http:[^"]+)"/.exec(output) as unknown as [string, string]
+    t.ok((await fetch(`${url}/livez`)).ok)
+    npm.kill(signal)
+    const alive = () => fetch(`${url}/livez`).then(() => true, () => false)
+    const started = performance.now()
+    while (await alive() && performance.now() - started < 10_000) await sleep(100)
+    t.ok(performance.now() - started < 5000, signal)
+    t.match(output, /"draining"/)
+  }
+})
+
+t.test('a process that was stopped: what lay in its sockets counts, and its own pause is no failure of Mixpanel', async t => {
+  const { child, post, sandbox, url } = await startServer(t, { MIXPANEL_TIMEOUT_MS: '1000', DEADLINE_MS: '1500', MAX_BATCH: '1' })
+  await post()
+  const pause = async (fault: 'wait' | 'hang') => {
+    sandbox.faults.add({ name: fault, ms: 400, times: 10 })
+    const waiting = Promise.all(Array.from({ length: 10 }, () => post()))
+    await sleep(200)
+    child.kill('SIGSTOP')
+    await sleep(2500)
+    child.kill('SIGCONT')
+    return new Set((await waiting).map(({ status }) => status))
+  }
+  t.same(await pause('wait'), new Set([200]))
+  t.same(await pause('hang'), new Set([504]))
+  const { parts } = await (await fetch(`${url}/readyz?verbose`)).json() as { parts: { mixpanel: string } }
+  t.equal(parts.mixpanel, 'asked', 'the breaker is closed')
+})
+
+t.test('nobody reads its log: it serves on within its memory, and ends in time', async t => {
+  const { child, exit, post } = await startServer(t, { RATE_LIMIT_MAX: '1000000', SHUTDOWN_TIMEOUT_MS: '1000' })
+  child.stdout?.pause()
+  const before = residentMb(child.pid)
+  for (let round = 0; round < 30; round++) {
+    const answers = await Promise.all(Array.from({ length: 200 }, () => post()))
+    t.ok(answers.every(({ status }) => status === 200))
+  }
+  t.ok(residentMb(child.pid) < before + 60, `${before} and ${residentMb(child.pid)} MB`)
+  const started = performance.now()
+  child.kill('SIGTERM')
+  const code = await Promise.race([new Promise(resolve => child.once('exit', resolve)), sleep(6000)])
+  t.equal(code, 0)
+  t.ok(performance.now() - started < 4500)
+  child.stdout?.resume()
+  await exit
+})
+
+t.test('its log cannot be written: it serves on, and ends at the first signal', { skip: existsSync('/dev/full') ? false : 'no /dev/full here' }, async t => {
+  const { url: upstream } = await startSandbox(t)
+  const port = await freePort()
+  const full = openSync('/dev/full', 'w')
+  const child = spawn(process.execPath, [SERVER], {
+    env: { MIXPANEL_TOKEN: TOKEN, MIXPANEL_URL: upstream, PORT: String(port) }, stdio: ['ignore', full, 'ignore']
+  })
+  t.teardown(() => { child.kill('SIGKILL') })
+  const post = () => fetch(`http://127.0.0.1:${port}/identify`, { method: 'POST', body: JSON.stringify(identity()) }).then(({ status }) => status, () => 0)
+  while (await post() !== 200) await sleep(50)
+  await sleep(1500)
+  t.equal(await post(), 200)
+  child.kill('SIGTERM')
+  t.equal(await new Promise(resolve => child.once('exit', resolve)), 0)
+})
+
+t.test('with few files it has fewer connections, says so, and is never locked out', async t => {
+  const { url: upstream } = await startSandbox(t)
+  const port = await freePort()
+  const child = spawn('sh', ['-c', `ulimit -n 300; exec ${process.execPath} ${SERVER}`], {
+    env: { MIXPANEL_TOKEN: TOKEN, MIXPANEL_URL: upstream, PORT: String(port) }, stdio: ['ignore', 'pipe', 'inherit']
+  })
+  t.teardown(() => { child.kill('SIGKILL') })
+  let output = ''
+  child.stdout.on('data', chunk => { output += String(chunk) })
+  while (!/Server listening/.test(output)) await sleep(50)
+  t.match(output, /"level":40,.*"connections":172,"open_files":300/)
+  const silent = Array.from({ length: 400 }, () => connect(port, '127.0.0.1').on('error', () => {}))
+  t.teardown(() => silent.forEach(socket => socket.destroy()))
+  await sleep(300)
+  for (let count = 0; count < 5; count++) {
+    t.equal((await fetch(`http://127.0.0.1:${port}/livez`, { headers: { connection: 'close' } })).status, 200)
+    t.equal((await fetch(`http://127.0.0.1:${port}/identify`, { method: 'POST', body: JSON.stringify(identity()) })).status, 200)
+  }
+})
+
+t.test('idle connections outlive those of the longest load balancer', async t => {
+  const { url } = await startServer(t)
+  t.match(await exchange(Number(new URL(url).port), 'GET /livez HTTP/1.1\r\nhost: x\r\n\r\n', 200), /\r\nKeep-Alive: timeout=620\r\n/)
+})
+
+t.test('/docs and /openapi.json are on for loopback, or where DOCS says so', async t => {
+  for (const [env, status] of [[{}, 200], [{ DOCS: 'false' }, 404], [{ HOST: '0.0.0.0', ALLOW_ANONYMOUS: 'true' }, 404], [{ HOST: '0.0.0.0', ALLOW_ANONYMOUS: 'true', DOCS: 'true' }, 200]] as const) {
+    const { url, child, exit } = await startServer(t, env)
+    const local = `http://127.0.0.1:${new URL(url).port}`
+    for (const path of ['/docs', '/openapi.json', '/docs/swagger-ui-bundle.js']) {
+      const answer = await fetch(local + path)
+      t.equal(answer.status, status, `${path} with ${JSON.stringify(env)}`)
+      const text = await answer.text()
+      if (status === 404) continue
+      const again = await fetch(local + path, { headers: { 'if-none-match': `"x", W/${answer.headers.get('etag')}` } })
+      t.same([again.status, await again.text()], [304, ''])
+      t.equal(await (await fetch(local + path, { headers: { 'if-none-match': '"another"' } })).text(), text)
+    }
+    child.kill('SIGTERM')
+    t.equal(await exit, 0)
+  }
 })

@@ -1,0 +1,48 @@
+import { spawn, spawnSync } from 'node:child_process'
+import { createSocket } from 'node:dgram'
+import { once } from 'node:events'
+import { writeFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import { t } from 'tap'
+import { identity, temporary, TOKEN } from '../helper.ts'
+import { SERVER } from '../scenarios.ts'
+
+const can = (...args: string[]) => spawnSync('unshare', [...args, 'true']).status === 0
+
+t.test('as process 1 of a container it ends at a signal that comes while it starts', { skip: can('--pid', '--fork') ? false : 'no namespaces here' }, async t => {
+  for (const ms of [150, 200, 250, 300, 400, 500]) {
+    const outer = spawn('unshare', ['--pid', '--fork', '--kill-child', process.execPath, SERVER], { env: { PATH: process.env.PATH, MIXPANEL_TOKEN: TOKEN, PORT: '0' } })
+    const over = once(outer, 'exit')
+    await sleep(ms)
+    const inner = spawnSync('pgrep', ['-P', String(outer.pid)]).stdout.toString().trim()
+    process.kill(Number(inner), 'SIGTERM')
+    const how = await Promise.race([over, sleep(4000)])
+    outer.kill('SIGKILL')
+    t.match(how, [0], `${ms} ms`)
+  }
+})
+
+t.test('a name server that never answers does not hold up the end', { skip: can('--mount') ? false : 'no namespaces here' }, async t => {
+  const silent = createSocket('udp4')
+  silent.bind(53, '127.0.0.53')
+  t.teardown(() => silent.close())
+  await once(silent, 'listening')
+  const file = join(temporary(t), 'resolv.conf')
+  writeFileSync(file, 'nameserver 127.0.0.53\noptions timeout:30 attempts:5\n')
+  const child = spawn('unshare', ['--mount', 'sh', '-c', `mount --bind ${file} /etc/resolv.conf && exec ${process.execPath} ${SERVER}`], {
+    env: { PATH: process.env.PATH, MIXPANEL_TOKEN: TOKEN, PORT: '0', DEADLINE_MS: '500', MIXPANEL_TIMEOUT_MS: '300', SHUTDOWN_TIMEOUT_MS: '1000' }
+  })
+  t.teardown(() => { child.kill('SIGKILL') })
+  let output = ''
+  child.stdout.on('data', chunk => { output += String(chunk) })
+  while (!/Server listening at (http:[^"]+)"/.test(output)) await sleep(50)
+  const [, url] = /Server listening at (http:[^"]+)"/.exec(output) as unknown as [string, string]
+  const answer = await fetch(`${url}/identify`, { method: 'POST', body: JSON.stringify(identity()) })
+  t.equal(answer.status, 504)
+  const started = performance.now()
+  child.kill('SIGTERM')
+  const over = await Promise.race([once(child, 'exit'), sleep(20_000)])
+  t.ok(over, 'it ended')
+  t.ok(performance.now() - started < 5000, `after ${performance.now() - started} ms`)
+})
