@@ -1,4 +1,4 @@
-import { write, writeSync } from 'node:fs'
+import { appendFile, writeSync } from 'node:fs'
 import type { Writable } from 'node:stream'
 
 /** What is said about the work; `pino` fits. */
@@ -51,18 +51,11 @@ export function fileSink (fd: number): Sink {
 
   function next (): void {
     const [text, done] = queue[0] as typeof queue[0]
-    writeAll(Buffer.from(text), error => {
+    appendFile(fd, text, error => {
       queue.shift()
       waiting -= text.length
       if (queue.length > 0) next()
       done(error)
-    })
-  }
-
-  function writeAll (bytes: Buffer, done: (error: Error | null) => void): void {
-    write(fd, bytes, (error, written) => {
-      if (error !== null || written === bytes.length) done(error)
-      else writeAll(bytes.subarray(written), done)
     })
   }
 

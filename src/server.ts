@@ -46,7 +46,7 @@ const commands = new Map(Object.entries({
 }))
 
 async function runServe (config: Config): Promise<void> {
-  const [{ pino }, { createDestination, fileSink, streamSink }, { serve }] =
+  const [{ pino }, { createDestination, fileSink, streamSink }, { openFilesLimit, serve }] =
     await Promise.all([import('pino'), import('./log.ts'), import('./commands/serve.ts')])
   const stats = fstatSync(1)
   const isStream = stats.isFIFO() || stats.isSocket() || process.stdout.isTTY
@@ -55,23 +55,13 @@ async function runServe (config: Config): Promise<void> {
     destination.flush()
     // Node waits for a name server that does not answer before it lets go of its threads.
     const isStuck = process.getActiveResourcesInfo().includes('GetAddrInfoReqWrap')
+    /* c8 ignore next -- of a process that is killed there is no coverage; test/slow/signals.test.ts */
     if (isStuck) process.kill(process.pid, 'SIGKILL')
   })
   const logger = pino({ level: config.LOG_LEVEL, base: null }, destination)
-  const { end } = await serve(config, logger, openFilesLimit())
+  const { end } = await serve(config, logger, openFilesLimit(() => readFileSync('/proc/self/limits', 'utf8')))
   for (const signal of END_SIGNALS) process.off(signal, endStart)
   if (process.env.npm_lifecycle_event === 'start') endWithNpm(end)
-}
-
-/** How many files this process may have open. Node has raised its own limit to the most that it was given. */
-function openFilesLimit (): number {
-  try {
-    const [, limit] = /^Max open files +(\d+)/m.exec(readFileSync('/proc/self/limits', 'utf8')) ?? []
-    return limit === undefined ? Infinity : Number(limit)
-  } catch {
-    // Not Linux; there the default limits are high, or none.
-    return Infinity
-  }
 }
 
 /** Ends the relay when npm is gone. People and supervisors signal `npm start`, which ends only the shell between. */

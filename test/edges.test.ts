@@ -1,7 +1,10 @@
 import { connect } from 'node:net'
 import type { AddressInfo } from 'node:net'
 import fc from 'fast-check'
+import { pino } from 'pino'
 import { t } from 'tap'
+import { readConfig } from '../src/config.ts'
+import { buildApp } from '../src/http/app.ts'
 import { exchange, identity, startRelay, type Env } from './helper.ts'
 
 const listen = async ({ app }: Awaited<ReturnType<typeof startRelay>>) => {
@@ -66,6 +69,7 @@ t.test('methods, paths, sizes and types', async t => {
     ['DELETE', '/identify', 405, 'method_not_allowed', 'POST'],
     ['OPTIONS', '/identify', 405, 'method_not_allowed', 'POST'],
     ['POST', '/livez', 405, 'method_not_allowed', 'GET, HEAD'],
+    ['GET', '/livez?verbose=1&verbose=2', 400, 'invalid_request'],
     ['GET', '/%zz', 400, 'invalid_request']
   ]
   for (const [method, url, status, code, allow] of rows) {
@@ -345,4 +349,22 @@ t.test('a client who resets its connection is not answered', async t => {
   await new Promise(resolve => setTimeout(resolve, 100))
   t.equal((await relay.inject({ url: '/livez' })).statusCode, 200)
   t.same(relay.logged().filter(line => line.route === '/identify').length, 1, 'but logged')
+})
+
+t.test('a page that could not be read is read again', async t => {
+  const config = readConfig({ MIXPANEL_TOKEN: 'x' }, () => '')
+  let count = 0
+  const app = await buildApp(config, {
+    relay: { close: async () => {}, state: () => ({}) } as never,
+    logger: pino({ level: 'silent' }),
+    async document () {
+      if (count++ === 0) throw new Error('EMFILE')
+      return { openapi: '3.1.0' }
+    }
+  })
+  t.teardown(() => app.close())
+  const statuses = []
+  for (let round = 0; round < 3; round++) statuses.push((await app.inject({ url: '/openapi.json' })).statusCode)
+  t.same(statuses, [500, 200, 200])
+  t.equal(count, 2, 'and then once')
 })

@@ -4,6 +4,7 @@ import { connect, type Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
 import { parse } from 'yaml'
+import { openFilesLimit } from '../src/commands/serve.ts'
 import { exchange, freePort, identity, leaks, startProcess, startSandbox, TOKEN, type Env } from './helper.ts'
 
 const SERVER = 'dist/server.js'
@@ -291,6 +292,13 @@ t.test('with few files it has fewer connections, says so, and is never locked ou
     t.equal((await fetch(`http://127.0.0.1:${port}/livez`, { headers: { connection: 'close' } })).status, 200)
     t.equal((await fetch(`http://127.0.0.1:${port}/identify`, { method: 'POST', body: JSON.stringify(identity()) })).status, 200)
   }
+})
+
+t.test('more connections than files: it says so', async t => {
+  const { output } = await startServer(t, { MAX_CONNECTIONS: '1000000' })
+  t.match(output(), /"connections":\d+,"open_files":\d+,"msg":"fewer connections than MAX_CONNECTIONS/)
+  t.equal(openFilesLimit(() => 'Limit  Soft Limit\nMax open files            1024                 4096                 files\n'), 1024)
+  for (const limits of ['', 'Max open files            unlimited            unlimited            files']) t.equal(openFilesLimit(() => limits), Infinity)
 })
 
 t.test('idle connections outlive those of the longest load balancer', async t => {

@@ -18,6 +18,19 @@ const OTHER_FILES = 128
 /** What the last answers, the outbox, the log and the connections may take after the callers' own time is up. */
 const CLOSING_MS = 3000
 
+/**
+ * How many files this process may have open, from `/proc/self/limits`. Node has raised its limit to the most that it
+ * was given. Infinity where there is none, or where `read` throws: elsewhere than on Linux.
+ */
+export function openFilesLimit (read: () => string): number {
+  try {
+    const [, limit] = /^Max open files +(\d+)/m.exec(read()) as unknown as [string, string]
+    return Number(limit)
+  } catch {
+    return Infinity
+  }
+}
+
 /** Loaded when it is first asked for, and made once. */
 let description: Promise<{ document: object, yaml: string }> | undefined
 export const describe = (config: Config) =>

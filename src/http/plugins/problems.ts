@@ -37,7 +37,6 @@ export const problems = fp<{ logger: Logger }>(async (app, { logger }) => {
     }
     switch (error.statusCode) {
       case 400: return reply.problem('invalid_request', { errors: [{ pointer: '', detail: error.message }] })
-      case 413: return reply.problem('body_too_large')
       case 415: return reply.problem('unsupported_media_type')
       case 429: return reply.problem('too_many_requests')
       default:

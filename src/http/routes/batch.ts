@@ -110,7 +110,7 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, { relay, co
 
     const isAsync = prefersAsync(request.headers.prefer)
     const outcomes = await Promise.all(looked.map((one): Outcome | Promise<Outcome> =>
-      Array.isArray(one) ? one : relay.identify(one, { isAsync }).catch(asError)))
+      Array.isArray(one) ? one : relay.identify(one, { isAsync }).catch((bug: Error) => bug)))
     let retryAfter = 0
     let queued = 0
     let failed = 0
@@ -148,8 +148,6 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, { relay, co
 
 const MUST_BE_OBJECT = 'must be object'
 const NO_OBJECT: FieldError[] = [{ pointer: '', detail: MUST_BE_OBJECT }]
-
-const asError = (error: unknown) => error instanceof Error ? error : new Error(String(error))
 
 /** Where the identities of a body stand, or what is wrong with all of it. Throws a BodyError where it is no JSON. */
 function find (
