@@ -3,7 +3,8 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import fc from 'fast-check'
 import { t, type Test } from 'tap'
 import { createSlices } from '../src/concurrency/slices.ts'
-import { createByteBudget, outline } from '../src/http/body.ts'
+import { createByteBudget } from '../src/http/body.ts'
+import { outline } from '../src/http/json.ts'
 import { exchange, identity, startRelay, type Env } from './helper.ts'
 
 async function listening (t: Test, env: Env = {}, options = {}) {
@@ -109,13 +110,15 @@ t.test('no request to Mixpanel has more than a megabyte, and none fails for anot
 
 t.test('a body in a thousand pieces is the same body', async t => {
   const { port, sandbox, bytes } = await listening(t)
-  const one = JSON.stringify(identity({ identified_id: 'in-pieces', properties: { text: 'é'.repeat(500) } }))
+  const one = JSON.stringify(identity({ identified_id: 'in-pieces', properties: { text: 'é'.repeat(350) } }))
   const pieces = Array.from(Buffer.from(one), byte => Buffer.from([0x31, 0x0D, 0x0A, byte, 0x0D, 0x0A]))
   const chunked = Buffer.concat([Buffer.from('POST /identify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n'), ...pieces, Buffer.from('0\r\n\r\n')])
   t.match(await exchange(port, chunked, 500), /^HTTP\/1.1 200 /)
   t.match(sandbox.ledger.rows()[0]?.properties, { $identified_id: 'in-pieces' })
-  const long = `${'1\r\nx\r\n'.repeat(140_000)}0\r\n\r\n`
-  t.match(await exchange(port, 'POST /identify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n' + long, 2000), /^HTTP\/1.1 413 /)
+  const long = `${'1\r\nx\r\n'.repeat(2000)}0\r\n\r\n`
+  t.match(await exchange(port, 'POST /identify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n' + long, 2000), /^HTTP\/1.1 400 .*a thousand tiny chunks/s)
+  const large = `${'3e8\r\n' + 'x'.repeat(1000) + '\r\n'}`.repeat(140) + '0\r\n\r\n'
+  t.match(await exchange(port, 'POST /identify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n' + large, 2000), /^HTTP\/1.1 413 /)
   t.equal(bytes(), 0)
 })
 

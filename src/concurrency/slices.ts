@@ -1,3 +1,5 @@
+export type Slices = () => Promise<void> | undefined
+
 /**
  * Shares the event loop among pieces of long work: together they get `ms` in a turn of it, one after the other, so that
  * however many there are, whatever else the process does waits no longer than that.
@@ -5,7 +7,7 @@
  * Returns a function that such work calls between two steps. It returns undefined where there is time left, else a
  * promise that resolves in the work's next slice.
  */
-export function createSlices (ms: number): () => Promise<void> | undefined {
+export function createSlices (ms: number): Slices {
   const waiting: (() => void)[] = []
   let since = -Infinity
 

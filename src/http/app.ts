@@ -1,5 +1,6 @@
 import Fastify, { type FastifyInstance } from 'fastify'
 import type { Logger } from 'pino'
+import { createSlices } from '../concurrency/slices.ts'
 import { isLoopback, type Config } from '../config.ts'
 import { throttled } from '../log.ts'
 import type { Redis } from '../redis.ts'
@@ -17,6 +18,9 @@ import { batch } from './routes/batch.ts'
 import { docs } from './routes/docs.ts'
 import { operations } from './routes/health.ts'
 import { identify } from './routes/identify.ts'
+
+/** So much of one turn of the event loop may be spent on large bodies, all of them together. */
+const SLICE_MS = 5
 
 /** How often it is said that connections cannot be accepted. */
 const COMPLAINT_MS = 60_000
@@ -47,6 +51,7 @@ export async function buildApp (config: Config, { relay, redis, logger, document
   const complain = throttled((what, message) => logger.error(what, message), COMPLAINT_MS)
   const connections = createConnections({
     config,
+    charge: (address, count) => app.charge(address, count),
     onError: ({ message }) => complain({ cause: message }, 'connections cannot be accepted')
   })
   const app: FastifyInstance = Fastify({
@@ -74,7 +79,7 @@ export async function buildApp (config: Config, { relay, redis, logger, document
   await app.register(origins, { config })
   await app.register(draining, { relay })
   await app.register(framing)
-  await app.register(bodies, { config })
+  await app.register(bodies, { config, spend: connections.spend })
   await app.register(connections.hooks)
   await prepare?.(app)
   app.addSchema(Problem)
@@ -92,8 +97,9 @@ export async function buildApp (config: Config, { relay, redis, logger, document
   const parts = () => ({ connections: connections.count(), bytes_in_flight: app.bytesInFlight(), ...relay.state() })
   await app.register(operations, { parts })
   if (config.DOCS ?? isLoopback(config.HOST)) await app.register(docs, { document })
-  await app.register(identify, { relay })
-  await app.register(batch, { relay, config })
+  const nextSlice = createSlices(SLICE_MS)
+  await app.register(identify, { relay, nextSlice })
+  await app.register(batch, { relay, config, nextSlice })
   return app
 }
 

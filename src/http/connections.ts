@@ -4,7 +4,11 @@ import fp from 'fastify-plugin'
 import type { Config } from '../config.ts'
 import { addressKey, createNetworks } from './address.ts'
 import { linger } from './lingering-close.ts'
+import { createReadThrottle, type ReadingCost } from './read-throttle.ts'
 import { createPipelining, endAfterAnswers, isLast, unfinished, type Pipeline } from './pipelining.ts'
+
+/** Node keeps each header of a head that still arrives, at ten times its size where it is tiny. */
+export const MAX_HEADERS = 128
 
 /** A request that is not complete by then is closed with 408. */
 const REQUEST_TIMEOUT_MS = 10_000
@@ -20,13 +24,16 @@ const SWEEP_MS = 1000
 const MAX_IGNORED_BYTES = 65_536
 
 /** A connection that is silent for longer is no client whose request is on its way. */
-const FRESH_MS = 500
+const FRESH_MS = 100
 
 /** The share of all connections that one address may hold. */
 const ADDRESS_SHARE = 4
 
+/** All connections of one address. */
+interface Peer extends ReadingCost { address: string, held: number }
+
 interface Connection {
-  address: string
+  peer: Peer
   /** When it was opened, by performance.now(). */
   since: number
   pipeline: Pipeline
@@ -37,6 +44,8 @@ interface Connection {
 
 interface Options {
   config: Pick<Config, 'MAX_CONNECTIONS' | 'TRUST_PROXY'>
+  /** Counts requests that were refused unread against the limit of an address. */
+  charge: (address: string, count: number) => void
   /** Called for what keeps connections from being accepted, such as EMFILE. */
   onError: (error: Error) => void
 }
@@ -47,58 +56,79 @@ export type Connections = ReturnType<typeof createConnections>
  * Bounds what a peer can make the relay hold by its connections alone: how many there are, in all and by address; how
  * many requests of one are under way; how long an answer waits to be read. Node bounds none of it.
  */
-export function createConnections ({ config: { MAX_CONNECTIONS: max, TRUST_PROXY: proxies }, onError }: Options) {
+export function createConnections ({ config, charge, onError }: Options) {
+  const { MAX_CONNECTIONS: max, TRUST_PROXY: proxies } = config
   const connections = new Map<Socket, Connection>()
   const mayHoldAll = createNetworks(['127.0.0.0/8', '::1', ...proxies])
-  const byAddress = new Map<string, number>()
-  const pipelining = createPipelining()
+  const peers = new Map<string, Peer>()
+  const isProxy = createNetworks(proxies)
+  const throttle = createReadThrottle(connections)
+  const { spend } = throttle
+  const pipelining = createPipelining({
+    spend,
+    charge (socket, count) {
+      const { peer } = connections.get(socket) ?? {}
+      // A proxy's requests are those of its clients.
+      if (peer !== undefined && !isProxy(peer.address)) charge(peer.address, count)
+    }
+  })
 
   /** Counts a new connection in, or closes it where there is no room for it. */
   function admit (socket: Socket): void {
     const { remoteAddress = '' } = socket
     const address = addressKey(remoteAddress)
-    const held = byAddress.get(address) ?? 0
+    const held = peers.get(address)?.held ?? 0
     const hasRoom = mayHoldAll(remoteAddress) || held < max / ADDRESS_SHARE || evict(address)
     if (!hasRoom || (connections.size >= max && !evict())) {
       socket.destroy()
       return
     }
-    // Read again: what was evicted may have been of the same address.
-    byAddress.set(address, (byAddress.get(address) ?? 0) + 1)
+    // Looked up again: what was evicted may have been its last.
+    const peer = peers.get(address) ?? { address, held: 0, spent: 0 }
+    peers.set(address, peer)
+    peer.held++
     const since = performance.now()
-    const connection = { address, since, pipeline: pipelining.open(), taken: 0, unreadSweeps: 0 }
+    const connection = { peer, since, pipeline: pipelining.open(), taken: 0, unreadSweeps: 0 }
     connections.set(socket, connection)
     // Node calls this after an answer with `connection: close`. With a body unread the kernel would reset the peer.
-    socket.destroySoon = () => linger(socket)
+    socket.destroySoon = () => linger(socket, spend)
     socket.on('close', () => forget(socket, connection))
+    // Node resumes a new connection once this turn's callbacks are over.
+    setImmediate(throttle.admit, socket, peer)
   }
 
   function forget (socket: Socket, connection: Connection): void {
     if (!connections.delete(socket)) return
-    const held = byAddress.get(connection.address) as number
-    if (held === 1) byAddress.delete(connection.address)
-    else byAddress.set(connection.address, held - 1)
+    connection.peer.held--
+    if (connection.peer.held === 0) peers.delete(connection.peer.address)
     pipelining.close(connection.pipeline)
   }
 
   /**
-   * Closes the connection that can best be spared, of `address` or of all: the oldest that has long been silent, else
-   * the oldest that is idle, else the oldest that has sent no whole head yet, else the oldest whose body still arrives.
-   * False where every one is at work.
+   * Closes the connection that can best be spared, of `address` or of all: the oldest silent one, unless all of these
+   * are very new and few; else the oldest that is idle, then a new one, then the oldest whose body still arrives. False
+   * where every one is at work.
    */
   function evict (address?: string): boolean {
     let idle: Socket | undefined
     let fresh: Socket | undefined
     let arriving: Socket | undefined
+    let silent = 0
     const longAgo = performance.now() - FRESH_MS
-    for (const [socket, { address: its, since, pipeline }] of connections) {
-      if (address !== undefined && address !== its) continue
+    for (const [socket, { peer, since, pipeline }] of connections) {
+      if (address !== undefined && address !== peer.address) continue
       if (!pipeline.hasAsked && since < longAgo) return close(socket)
-      if (!pipeline.hasAsked) fresh ??= socket
-      else if (pipeline.unanswered === 0) idle ??= socket
-      else if (unfinished(pipeline) === 0) arriving ??= socket
+      if (!pipeline.hasAsked) {
+        fresh ??= socket
+        silent++
+      } else if (pipeline.unanswered === 0) {
+        idle ??= socket
+      } else if (unfinished(pipeline) === 0) {
+        arriving ??= socket
+      }
     }
-    return close(idle ?? fresh ?? arriving)
+    const isFlood = silent > connections.size / 2
+    return close(isFlood ? fresh : idle ?? fresh ?? arriving)
   }
 
   function close (socket: Socket | undefined): boolean {
@@ -110,6 +140,7 @@ export function createConnections ({ config: { MAX_CONNECTIONS: max, TRUST_PROXY
 
   /** Gives up answers that are not read. Looks are counted, not time: a stall of this process is not the peer's. */
   function sweep (): void {
+    for (const peer of peers.values()) peer.spent /= 4
     for (const [socket, connection] of connections) {
       const { writableLength } = socket
       const taken = writableLength === 0 ? 0 : socket.bytesWritten - writableLength
@@ -122,6 +153,8 @@ export function createConnections ({ config: { MAX_CONNECTIONS: max, TRUST_PROXY
   const timer = setInterval(sweep, SWEEP_MS).unref()
 
   return {
+    spend,
+
     /** How many are open. */
     count: () => connections.size,
 
@@ -145,8 +178,8 @@ export function createConnections ({ config: { MAX_CONNECTIONS: max, TRUST_PROXY
       // Node would answer other expectations than 100-continue by itself; a server may ignore them (RFC 9110).
       server.on('checkExpectation', onRequest)
       server.on('error', onError)
-      // Node would drop headers after the thousandth in silence, an Origin among them. Their size is bounded.
-      server.maxHeadersCount = 0
+      // Beyond that Node drops headers in silence, an Origin among them; plugins/framing refuses such a request.
+      server.maxHeadersCount = MAX_HEADERS
       server.on('close', () => clearInterval(timer))
       return server
     },
@@ -161,7 +194,7 @@ export function createConnections ({ config: { MAX_CONNECTIONS: max, TRUST_PROXY
       endAfterAnswers(connection.pipeline, () => {
         if (!socket.writable) return
         socket.write(answer())
-        linger(socket)
+        linger(socket, spend)
       })
     },
 

@@ -35,14 +35,21 @@ export const PROBLEMS = {
 export type ProblemCode = keyof typeof PROBLEMS
 
 /** What one answer may add to its code: `retryAfter` is in seconds and becomes a header. */
-export interface Extras { detail?: string | undefined, errors?: FieldError[], retryAfter?: number }
+export interface Extras {
+  detail?: string | undefined
+  errors?: FieldError[]
+  retryAfter?: number
+  /** Where one code has several statuses. */
+  status?: number
+}
 
 /** How many broken fields one answer lists. */
 export const MAX_ERRORS = 100
 
 /** The body of every error answer. */
-export function problemBody (code: ProblemCode, requestId: string, { detail, errors }: Extras = {}) {
-  const { status, retryable, detail: usual } = PROBLEMS[code]
+export function problemBody (code: ProblemCode, requestId: string, { detail, errors, ...extras }: Extras = {}) {
+  const { retryable, detail: usual } = PROBLEMS[code]
+  const status = extras.status ?? PROBLEMS[code].status
   return {
     type: `urn:identify-relay:${code}`,
     title: STATUS_CODES[status],
@@ -78,7 +85,7 @@ export function problemResponses () {
     const here = codes.filter(code => (UNREADABLE.includes(status) ? 400 : status) === PROBLEMS[code].status)
     const extras = status === 400 ? { errors: [{ pointer: '/anon_id', detail: 'is required' }] } : {}
     const examples = Object.fromEntries(here.map(code =>
-      [code, { value: { ...problemBody(code, 'req-1', extras), title: STATUS_CODES[status], status } }]))
+      [code, { value: problemBody(code, 'req-1', { ...extras, status }) }]))
     const content = { 'application/problem+json': { schema: Type.Ref('Problem'), examples } }
     const isLater = status === 429 || status === 503
     const headers = isLater && { headers: { 'retry-after': { type: 'integer', description: 'seconds' } } }

@@ -25,6 +25,9 @@ export interface PendingEvent {
   readonly time: number
 }
 
+/** An event of so many bytes is kept as bytes. */
+const LARGE = 8192
+
 /**
  * Returns the event of an identity that is validated at `now` (ms since the epoch). `insertId` depends on nothing but
  * the two ids, so that Mixpanel can tell a repeat (docs: at most 36 bytes of [A-Za-z0-9-]).
@@ -64,11 +67,11 @@ export function parseEvent ({ json }: Pick<PendingEvent, 'json'>): IdentifyEvent
 
 function pending (event: IdentifyEvent, json = JSON.stringify(event)): PendingEvent {
   const { $anon_id: anon, $insert_id: insertId, time } = event.properties
-  return Object.freeze({
-    json,
-    bytes: Buffer.byteLength(json),
-    anonKey: anon.replace('$device:', '').toLowerCase(),
-    insertId,
-    time
-  })
+  const anonKey = anon.replace('$device:', '').toLowerCase()
+  const bytes = Buffer.byteLength(json)
+  if (bytes === json.length && bytes < LARGE) return Object.freeze({ json, bytes, anonKey, insertId, time })
+  // Bytes that wait outside of V8's heap are not moved about by it; and a string takes two for each character as soon
+  // as one of them is beyond Latin-1.
+  const utf8 = Buffer.from(json)
+  return Object.freeze({ get json () { return utf8.toString() }, bytes, anonKey, insertId, time })
 }

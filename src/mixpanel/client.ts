@@ -5,7 +5,7 @@ import { parseEvent, type PendingEvent } from '../identity/event.ts'
 import { interpretBody, interpretError, interpretStatus, type Verdict } from '../identity/verdict.ts'
 
 /** A request to Mixpanel, ready to be sent any number of times. */
-export interface Encoded { path: string, headers: Record<string, string>, body: string }
+export interface Encoded { path: string, headers: Record<string, string>, body: Buffer }
 
 // All of undici (fetch, WebSocket, caches, …) would add a sixth to the start and to the memory.
 const Pool = createRequire(import.meta.url)('undici/lib/dispatcher/pool.js') as typeof undici.Pool
@@ -19,6 +19,9 @@ export const CONNECTIONS = 64
 
 /** The most that one request may have on the wire. Mixpanel documents 2 MiB and 10 MB; gateways often take 1 MiB. */
 export const MAX_REQUEST_BYTES = 1_048_576
+
+/** The most that all requests under way may have on the wire together, give or take one. */
+export const MAX_SENT_BYTES = 16 * MAX_REQUEST_BYTES
 
 /** Returns how many bytes an event takes on the wire at most: percent-encoding may make three bytes of one. */
 export function wireBytes ({ bytes }: PendingEvent, { MIXPANEL_TOKEN: token }: Config): number {
@@ -88,15 +91,17 @@ export function createMixpanel (config: Config) {
         return {
           path: `${path}/import?strict=1${project === undefined ? '' : `&project_id=${project}`}`,
           headers: { 'content-type': 'application/json', authorization: basic },
-          body: `[${list}]`
+          body: Buffer.from(`[${list}]`)
         }
       }
+      const isStrict = strict || config.MIXPANEL_STRICT === '1'
       const json = events.length === 1 ? list : `[${list}]`
       return {
         // ip=0: the relay's own address must not become the user's location.
         path: `${path}/track?ip=0${verbose ? '&verbose=1' : ''}`,
         headers: { 'content-type': 'application/x-www-form-urlencoded' },
-        body: `data=${encodeURIComponent(json)}${strict || config.MIXPANEL_STRICT === '1' ? '&strict=1' : ''}`
+        // undici would keep a buffer of its own beside a string.
+        body: Buffer.from(`data=${encodeURIComponent(json)}${isStrict ? '&strict=1' : ''}`, 'latin1')
       }
     },
 

@@ -5,7 +5,7 @@ import { identifyEvent, type PendingEvent } from '../identity/event.ts'
 import type { Identity } from '../identity/identity.ts'
 import { createKeeper } from './store-and-forward.ts'
 import type { Log } from '../log.ts'
-import { MAX_REQUEST_BYTES, wireBytes, type Mixpanel } from '../mixpanel/client.ts'
+import { MAX_REQUEST_BYTES, MAX_SENT_BYTES, wireBytes, type Mixpanel } from '../mixpanel/client.ts'
 import type { Outbox } from '../outbox/outbox.ts'
 import { OVERLOADED, type Verdict } from '../identity/verdict.ts'
 
@@ -32,6 +32,7 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
     maxBatch: config.MAX_BATCH,
     bytesOf: ({ event }) => wireBytes(event, config),
     maxBytes: MAX_REQUEST_BYTES,
+    maxSentBytes: MAX_SENT_BYTES,
     freeSends: FREE_SENDS,
     maxSends: MAX_SENDS,
     maxItems: config.MAX_IN_FLIGHT,

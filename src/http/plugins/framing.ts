@@ -1,5 +1,6 @@
 import type { IncomingMessage } from 'node:http'
 import fp from 'fastify-plugin'
+import { MAX_HEADERS } from '../connections.ts'
 
 /** Refuses what two servers on the way could read in two ways, and bodies that would have to be decoded first. */
 export const framing = fp(async app => {
@@ -7,6 +8,10 @@ export const framing = fp(async app => {
     if (!hasOneHost(request.raw)) {
       const errors = [{ pointer: '', detail: 'must name an HTTP version and exactly one Host' }]
       return reply.header('connection', 'close').problem('invalid_request', { errors })
+    }
+    if (request.raw.rawHeaders.length >= 2 * MAX_HEADERS) {
+      const errors = [{ pointer: '', detail: `must have fewer than ${MAX_HEADERS} headers` }]
+      return reply.header('connection', 'close').problem('invalid_request', { errors, status: 431 })
     }
     const {
       'transfer-encoding': framing, 'content-encoding': encoding = '', 'content-type': type = ''

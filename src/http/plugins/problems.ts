@@ -47,7 +47,7 @@ export const problems = fp<{ logger: Logger }>(async (app, { logger }) => {
 })
 
 function send (reply: FastifyReply, code: ProblemCode, extras: Extras) {
-  return reply.code(PROBLEMS[code].status).header('content-type', 'application/problem+json')
+  return reply.code(extras.status ?? PROBLEMS[code].status).header('content-type', 'application/problem+json')
     // As a string it would be given a charset, which JSON media types do not have.
     .send(Buffer.from(JSON.stringify(problemBody(code, reply.request.id, extras))))
 }
@@ -71,8 +71,7 @@ function clientErrorAnswer (logger: Logger, { code: cause }: NodeJS.ErrnoExcepti
   const title = STATUS_CODES[status]
   const id = randomUUID()
   const detail = `The request could not be read: ${title}.`
-  const problem = problemBody('invalid_request', id, { detail, errors: [{ pointer: '', detail }] })
-  const body = JSON.stringify({ ...problem, title, status })
+  const body = JSON.stringify(problemBody('invalid_request', id, { detail, errors: [{ pointer: '', detail }], status }))
   logger.info({ status, code: 'invalid_request', cause, request_id: id }, 'answered')
   return `HTTP/1.1 ${status} ${title}\r\nconnection: close\r\nx-request-id: ${id}\r\n` +
     `content-type: application/problem+json\r\ncontent-length: ${Buffer.byteLength(body)}\r\n\r\n${body}`

@@ -21,7 +21,7 @@ interface Options {
 }
 
 /**
- * KEYS: a caller's counter. ARGV: how much is asked for, the most, the window in ms. Counts only what is allowed.
+ * KEYS: a caller's counter. ARGV: how much is asked for, the most, the window in ms. Counts it where that is allowed.
  * Returns { used, with what is asked for; ms until the window ends }.
  */
 const COUNT = `
@@ -37,6 +37,8 @@ return { used + asked, left }`
 export type RateLimitStore = FastifyRateLimitStore & {
   /** Counts `amount` for a caller if the limit allows it, and resolves with what that makes. Never rejects. */
   add: (key: string, amount: number) => Promise<Usage>
+  /** Counts `amount` for a caller, whatever the limit is: it has been spent. Never rejects. */
+  charge: (key: string, amount: number) => Promise<Usage>
 }
 
 /**
@@ -44,13 +46,13 @@ export type RateLimitStore = FastifyRateLimitStore & {
  * together; while it fails or refuses, each goes by its own count, which it keeps all the time.
  */
 export function createRateLimitStore ({ max, windowMs, redis, log }: Options): RateLimitStore {
-  const countHere = createCounter(max, windowMs)
+  const countHere = createCounter(windowMs)
   const complain = throttled((what, message) => log.warn(what, message), COMPLAINT_MS)
-  const countThere = redis && createSharedCounter(redis, max, windowMs)
+  const countThere = redis && createSharedCounter(redis, windowMs)
 
-  function add (key: string, amount: number): Usage | Promise<Usage> {
-    const here = countHere(key, amount)
-    return countThere?.(key, amount).catch(error => {
+  function add (key: string, amount: number, most = max): Usage | Promise<Usage> {
+    const here = countHere(key, amount, most)
+    return countThere?.(key, amount, most).catch(error => {
       complain({ cause: error.message }, 'rate limits are not shared')
       return here
     }) ?? here
@@ -64,17 +66,18 @@ export function createRateLimitStore ({ max, windowMs, redis, log }: Options): R
     },
     // One budget for all routes.
     child: () => store,
-    add: async (key, amount) => add(key, amount)
+    add: async (key, amount) => add(key, amount),
+    charge: async (key, amount) => add(key, amount, Number.MAX_SAFE_INTEGER)
   }
   return store
 }
 
 /** Counts in this process, by a clock that nobody sets. */
-function createCounter (max: number, windowMs: number): (key: string, amount: number) => Usage {
+function createCounter (windowMs: number): (key: string, amount: number, most: number) => Usage {
   /** The callers in the order in which their windows began. */
   const windows = new Map<string, { used: number, since: number }>()
 
-  return (key, amount) => {
+  return (key, amount, most) => {
     const now = performance.now()
     let window = windows.get(key)
     if (window === undefined || now - window.since >= windowMs) {
@@ -84,20 +87,20 @@ function createCounter (max: number, windowMs: number): (key: string, amount: nu
       windows.set(key, window)
     }
     const current = window.used + amount
-    if (current <= max) window.used = current
+    if (current <= most) window.used = current
     return { current, ttl: window.since + windowMs - now }
   }
 }
 
 /** Counts in Redis. Rejects where Redis does not count, for whatever reason, within SOON_MS. */
 function createSharedCounter (
-  { connection, prefix }: NonNullable<Options['redis']>, max: number, windowMs: number
+  { connection, prefix }: NonNullable<Options['redis']>, windowMs: number
 ) {
   type Script = (key: string, ...args: number[]) => Promise<[current: number, ttl: number]>
   connection.defineCommand('identifyRateLimit', { numberOfKeys: 1, lua: COUNT })
   const { identifyRateLimit: count } = connection as unknown as { identifyRateLimit: Script }
-  return async (key: string, amount: number): Promise<Usage> => {
-    const command = count.call(connection, prefix + key, amount, max, windowMs)
+  return async (key: string, amount: number, most: number): Promise<Usage> => {
+    const command = count.call(connection, prefix + key, amount, most, windowMs)
     const [current, ttl] = await inTime(connection, SOON_MS, command)
     return { current, ttl }
   }

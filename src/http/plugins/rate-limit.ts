@@ -14,6 +14,8 @@ declare module 'fastify' {
      * with the whole seconds until the caller's window ends; then nothing is counted.
      */
     countMore: (request: FastifyRequest, amount: number) => Promise<number | undefined>
+    /** Counts `amount` against the limit of an address, whether it allows it or not. */
+    charge: (address: string, amount: number) => void
   }
 }
 
@@ -44,6 +46,7 @@ export const limits = fp<Options>(async (app, { config, redis, log }) => {
     limit(request, reply).then(() => done(), done)
   })
 
+  app.decorate('charge', (address, amount) => { store.charge(address, amount).catch(() => {}) })
   app.decorate('countMore', async (request, amount) => {
     const { current, ttl } = await store.add(keyGenerator(request), amount)
     return current > max ? Math.ceil(ttl / 1000) : undefined

@@ -1,7 +1,7 @@
 import type { FastifyPluginAsyncTypebox } from '@fastify/type-provider-typebox'
 import { Type } from '@sinclair/typebox'
 import type { FastifyContextConfig, FastifyRequest } from 'fastify'
-import { createSlices } from '../../concurrency/slices.ts'
+import type { Slices } from '../../concurrency/slices.ts'
 import type { Config } from '../../config.ts'
 import { isTooLarge, type PendingEvent } from '../../identity/event.ts'
 import {
@@ -9,7 +9,8 @@ import {
 } from '../../identity/identity.ts'
 import type { Verdict } from '../../identity/verdict.ts'
 import type { Relay } from '../../relay/relay.ts'
-import { checkUtf8, outline, parseJson, readBody } from '../body.ts'
+import { readBody } from '../body.ts'
+import { checkUtf8, outline, parseJson } from '../json.ts'
 import {
   asFieldErrors, fieldErrors, MAX_ERRORS, problemBody, problemResponses, type Extras, type ProblemCode
 } from '../problem.ts'
@@ -27,9 +28,6 @@ const MAX_IDENTITIES = 2000
 
 /** What stands around the identities, with a number for each. */
 const MAX_OUTLINE = 16_384
-
-/** So much of one turn of the event loop may be spent on looking at identities, those of all batches together. */
-const SLICE_MS = 5
 
 const identitiesOf = <T extends object>(items: T) => Type.Object({
   identities: Type.Array(Type.Unsafe<Identity>(items), { minItems: 1, maxItems: MAX_IDENTITIES })
@@ -49,14 +47,20 @@ const Results = Type.Object({
     `or queued, else 207. All problems together list at most ${MAX_ERRORS} fields; those beyond have no \`errors\`.`
 })
 
-interface Options { relay: Relay, config: Pick<Config, 'RATE_LIMIT_MAX'> }
+interface Options { relay: Relay, config: Pick<Config, 'RATE_LIMIT_MAX'>, nextSlice: Slices }
+
+/** The event of an identity, or what is wrong with it. */
+type Looked = PendingEvent | FieldError[]
+
+/** Why a whole batch is refused. */
+type Refusal = Extras & { code: ProblemCode, headers?: Record<string, number> }
 
 /** What is wrong with an identity, or what became of it, or the bug that it met. */
 type Outcome = FieldError[] | Verdict | Error
 
 /** `POST /identify/batch`: many identities, and what became of each. */
-export const batch: FastifyPluginAsyncTypebox<Options> = async (app, { relay, config: { RATE_LIMIT_MAX: limit } }) => {
-  const nextSlice = createSlices(SLICE_MS)
+export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) => {
+  const { relay, config: { RATE_LIMIT_MAX: limit }, nextSlice } = options
   app.addContentTypeParser(BODY_TYPES, readBody)
 
   app.post('/identify/batch', {
@@ -72,41 +76,8 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, { relay, co
       response: { 200: Results, 202: Results, 207: Results, ...problemResponses() }
     }
   }, async (request, reply) => {
-    const body = checkUtf8(request.body as Buffer | undefined ?? Buffer.alloc(0))
-    const found = find(request, body)
-    const errors = 'errors' in found ? found.errors : fieldErrors(request)
-    if ('errors' in found || errors.length > 0) return reply.problem('invalid_request', { errors })
-    const { count, bounds } = found
-    if (count > limit) {
-      const detail = `must not have more than ${limit} items, the limit of one caller (RATE_LIMIT_MAX)`
-      return reply.problem('invalid_request', { errors: [{ pointer: '/identities', detail }] })
-    }
-    // The request itself has been counted.
-    const wait = count > 1 ? await app.countMore(request, count - 1) : undefined
-    if (wait !== undefined) {
-      reply.headers({ 'ratelimit-limit': limit, 'ratelimit-remaining': 0, 'ratelimit-reset': wait })
-      return reply.problem('too_many_requests', { retryAfter: wait })
-    }
-
-    // Nothing is sent before all of the body is known to be JSON.
-    const looked: (PendingEvent | FieldError[])[] = []
-    let room = MAX_ERRORS
-    let isAnyObject = false
-    for (let index = 0; index < count; index++) {
-      await nextSlice()
-      const one = look(bounds[2 * index] as number, bounds[2 * index + 1] as number)
-      isAnyObject ||= one !== NO_OBJECT
-      looked.push(Array.isArray(one) ? one.slice(0, room) : one)
-      if (Array.isArray(one)) room = Math.max(0, room - one.length)
-    }
-    if (!isAnyObject) {
-      // None of these is an identity, and an answer with a problem for each would be a hundred times as long.
-      const errors = looked.slice(0, MAX_ERRORS)
-        .map((_, index) => ({ pointer: `/identities/${index}`, detail: MUST_BE_OBJECT }))
-      return reply.problem('invalid_request', { errors })
-    }
-    // Not needed any more. While the events wait for Mixpanel it would hold as much memory again.
-    request.body = undefined
+    const looked = await lookAt(request)
+    if (!Array.isArray(looked)) return reply.headers(looked.headers ?? {}).problem(looked.code, looked)
 
     const isAsync = prefersAsync(request.headers.prefer)
     const outcomes = await Promise.all(looked.map((one): Outcome | Promise<Outcome> =>
@@ -126,26 +97,67 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, { relay, co
       return { index, status: 'failed', problem: problemBody(code, request.id, extras) }
     })
     if (retryAfter > 0) reply.header('retry-after', retryAfter)
-    Object.assign(reply.logLine, { identities: count, queued, failed })
+    Object.assign(reply.logLine, { identities: results.length, queued, failed })
     if (failed === 0 && queued !== 0) return answerQueued(reply, isAsync).send({ results })
     return reply.code(failed === 0 ? 200 : 207).send({ results })
-
-    /** The event of an identity, or what is wrong with it, its pointers relative to it. Throws where it is no JSON. */
-    function look (start: number, end: number): PendingEvent | FieldError[] {
-      if (end - start > MAX_IDENTITY_BYTES) return [TOO_LONG]
-      const identity = parseJson(body, start, end)
-      if (typeof identity !== 'object' || identity === null || Array.isArray(identity)) return NO_OBJECT
-      const surplus = surplusNames(identity)
-      if (surplus.length > 0) return surplus
-      const validate = request.compileValidationSchema(Identity)
-      const errors = [...validate(identity) ? [] : asFieldErrors(validate.errors), ...brokenRules(identity)]
-      if (errors.length > 0) return errors
-      const event = relay.accept(identity as Identity)
-      return isTooLarge(event) ? [TOO_LONG] : event
-    }
   })
+
+  /**
+   * What each identity of a batch is, or why the batch as a whole is refused. A function of its own: while the events
+   * wait for Mixpanel nothing may hold the body, which is as much memory again.
+   */
+  async function lookAt (request: FastifyRequest): Promise<Looked[] | Refusal> {
+    await nextSlice()
+    const body = checkUtf8(request.body as Buffer | undefined ?? NO_BYTES)
+    request.body = undefined
+    const found = find(request, body)
+    const errors = 'errors' in found ? found.errors : fieldErrors(request)
+    if ('errors' in found || errors.length > 0) return { code: 'invalid_request', errors }
+    const { count, bounds } = found
+    if (count > limit) {
+      const detail = `must not have more than ${limit} items, the limit of one caller (RATE_LIMIT_MAX)`
+      return { code: 'invalid_request', errors: [{ pointer: '/identities', detail }] }
+    }
+    // The request itself has been counted.
+    const wait = count > 1 ? await app.countMore(request, count - 1) : undefined
+    if (wait !== undefined) {
+      const headers = { 'ratelimit-limit': limit, 'ratelimit-remaining': 0, 'ratelimit-reset': wait }
+      return { code: 'too_many_requests', retryAfter: wait, headers }
+    }
+    // Nothing is sent before all of the body is known to be JSON.
+    const looked: Looked[] = []
+    let room = MAX_ERRORS
+    let isAnyObject = false
+    for (let index = 0; index < count; index++) {
+      await nextSlice()
+      const one = look(request, body, bounds[2 * index] as number, bounds[2 * index + 1] as number)
+      isAnyObject ||= one !== NO_OBJECT
+      looked.push(Array.isArray(one) ? one.slice(0, room) : one)
+      if (Array.isArray(one)) room = Math.max(0, room - one.length)
+    }
+    if (isAnyObject) return looked
+    // None of these is an identity, and an answer with a problem for each would be a hundred times as long.
+    const named = looked.slice(0, MAX_ERRORS)
+      .map((_, index) => ({ pointer: `/identities/${index}`, detail: MUST_BE_OBJECT }))
+    return { code: 'invalid_request', errors: named }
+  }
+
+  /** The event of an identity, or what is wrong with it, its pointers relative to it. Throws where it is no JSON. */
+  function look (request: FastifyRequest, body: Buffer, start: number, end: number): Looked {
+    if (end - start > MAX_IDENTITY_BYTES) return [TOO_LONG]
+    const identity = parseJson(body, start, end)
+    if (typeof identity !== 'object' || identity === null || Array.isArray(identity)) return NO_OBJECT
+    const surplus = surplusNames(identity)
+    if (surplus.length > 0) return surplus
+    const validate = request.compileValidationSchema(Identity)
+    const errors = [...validate(identity) ? [] : asFieldErrors(validate.errors), ...brokenRules(identity)]
+    if (errors.length > 0) return errors
+    const event = relay.accept(identity as Identity)
+    return isTooLarge(event) ? [TOO_LONG] : event
+  }
 }
 
+const NO_BYTES = Buffer.alloc(0)
 const MUST_BE_OBJECT = 'must be object'
 const NO_OBJECT: FieldError[] = [{ pointer: '', detail: MUST_BE_OBJECT }]
 

@@ -1,5 +1,6 @@
 import type { FastifyPluginAsyncTypebox } from '@fastify/type-provider-typebox'
 import { Type } from '@sinclair/typebox'
+import type { Slices } from '../../concurrency/slices.ts'
 import { isTooLarge } from '../../identity/event.ts'
 import { brokenRules, Identity, MAX_IDENTITY_BYTES, surplusNames } from '../../identity/identity.ts'
 import { readJson } from '../body.ts'
@@ -38,9 +39,11 @@ const MAX_NAMED_FIELDS = 1000
 /** Room for white space; what is longer is not read to its end. */
 const BODY_LIMIT = 2 * MAX_IDENTITY_BYTES
 
+interface Options { relay: Relay, nextSlice: Slices }
+
 /** `POST /identify`: one identity, and what became of it. */
-export const identify: FastifyPluginAsyncTypebox<{ relay: Relay }> = async (app, { relay }) => {
-  app.addContentTypeParser(BODY_TYPES, readJson(MAX_IDENTITY_BYTES))
+export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay, nextSlice }) => {
+  app.addContentTypeParser(BODY_TYPES, readJson(MAX_IDENTITY_BYTES, nextSlice))
 
   app.post('/identify', {
     ...forIdentities,

@@ -1,0 +1,44 @@
+import { existsSync } from 'node:fs'
+import { t } from 'tap'
+import { ATTACKS, type Attack } from './attacks.ts'
+import { MEMORY_MB, underAttack, type Figures } from './harness.ts'
+
+const LIVEZ_P99_MS = 100
+const UPSTREAM_BYTES = 1_048_576
+
+/** ATTACK=^7 runs those whose names begin with 7. */
+const chosen = ATTACKS.filter(({ name }) => new RegExp(process.env.ATTACK ?? '').test(name))
+
+const HEADINGS = ['attack', 'bound', 'RSS MB before → peak → after', 'livez p99 ms idle / attacked (max, lost)',
+  'good caller ok / slow / failed', 'largest request to Mixpanel', 'exit', 'what the attacker got']
+
+function rowOf ({ name, bound = '', hangs }: Attack, { idle, attacked, before, peak, after, early, exit, exitMs, largest, got }: Figures): string {
+  const statuses = attacked.failed > 0 ? ` ${JSON.stringify(attacked.statuses)}` : ''
+  return [
+    name, bound, `${before} → ${peak} → ${after ?? '–'}`, `${idle.p99.toFixed(1)} / ${attacked.p99.toFixed(1)} (${attacked.max.toFixed(0)}, ${attacked.lost})`,
+    `${attacked.ok} / ${attacked.slow} / ${attacked.failed}${hangs ? ' (Mixpanel hangs)' : ''}${statuses}`, largest,
+    early === undefined ? `${exit ?? 'none'} after ${exitMs} ms` : `DIED: ${early}`, Object.entries(got).map(([what, count]) => `${what}: ${count}`).join(', ')
+  ].join(' | ')
+}
+
+t.test('attacks', { skip: !existsSync('/proc/self/status') && 'needs /proc' }, async t => {
+  const rows: string[] = []
+  for (const attack of chosen) {
+    await t.test(attack.name, async t => {
+      const figures = await underAttack(t, attack)
+      const { early, peak, attacked, exit, largest, got, said, hasGroup } = figures
+      if (!hasGroup) t.comment('no memory cgroup can be made here: VmHWM alone is judged')
+      t.equal(early, undefined, 'it lives')
+      if (early !== undefined) t.comment(said)
+      t.ok(peak <= MEMORY_MB, `${peak} MB are at most ${MEMORY_MB}`)
+      t.ok(attacked.p99 <= LIVEZ_P99_MS, `/livez p99 ${attacked.p99.toFixed(1)} ms is at most ${LIVEZ_P99_MS}`)
+      if (!attack.hangs) t.match(attacked, { slow: 0, failed: 0 }, 'every identity of the good caller is a 200 within a second')
+      t.ok(largest <= UPSTREAM_BYTES, `the largest request to Mixpanel has ${largest} bytes`)
+      t.match(exit, /^\d+$/, `SIGTERM ended it after ${figures.exitMs} ms`)
+      for (const name of ['500', ...attack.never ?? []]) t.equal(got[name], undefined, `no ${name}`)
+      rows.push(rowOf(attack, figures))
+      t.comment(rows.at(-1))
+    })
+  }
+  t.comment([HEADINGS.join(' | '), HEADINGS.map(() => '---').join(' | '), ...rows].map(row => `| ${row} |`).join('\n'))
+})
