@@ -22,6 +22,9 @@ export interface BatcherOptions<Item, Result> {
   isAlone?: (item: Item) => boolean
 }
 
+/** So many bytes may leave in one turn of the event loop, give or take a batch: to encode them takes time. */
+const TURN_BYTES = 1_048_576
+
 interface Entry<Item, Result> {
   item: Item
   bytes: number
@@ -59,9 +62,22 @@ export function createBatcher<Item, Result> ({
     return sends < freeSends || queue.length >= maxBatch || queuedBytes >= maxBytes || isAlone(first.item)
   }
 
+  const sizeOf = (batch: Entry<Item, Result>[]) => batch.reduce((sum, { bytes }) => sum + bytes, 0)
+
+  function schedule (): void {
+    isScheduled = true
+    setImmediate(dispatch)
+  }
+
   function dispatch (): void {
     isScheduled = false
-    while (mayLeave()) run(nextBatch())
+    let bytes = 0
+    while (mayLeave() && bytes < TURN_BYTES) {
+      const batch = nextBatch()
+      bytes += sizeOf(batch)
+      run(batch)
+    }
+    if (mayLeave()) schedule()
     watch()
   }
 
@@ -80,7 +96,7 @@ export function createBatcher<Item, Result> ({
   }
 
   async function run (batch: Entry<Item, Result>[]): Promise<void> {
-    const bytes = batch.reduce((sum, entry) => sum + entry.bytes, 0)
+    const bytes = sizeOf(batch)
     sends++
     sentBytes += bytes
     try {
@@ -92,7 +108,7 @@ export function createBatcher<Item, Result> ({
     sends--
     sentBytes -= bytes
     items.down(batch.length)
-    dispatch()
+    if (!isScheduled && mayLeave()) schedule()
   }
 
   /** Only one timer, for the first in the queue, and none while nothing has to wait. */
@@ -123,8 +139,7 @@ export function createBatcher<Item, Result> ({
         queuedBytes += bytes
         queue.push({ item, bytes, since: performance.now(), resolve, reject })
         if (isScheduled) return
-        isScheduled = mayLeave()
-        if (isScheduled) setImmediate(dispatch)
+        if (mayLeave()) schedule()
         else watch()
       })
     },

@@ -3,19 +3,23 @@ import { t } from 'tap'
 import { ATTACKS, type Attack } from './attacks.ts'
 import { MEMORY_MB, underAttack, type Figures } from './harness.ts'
 
-const LIVEZ_P99_MS = 100
+/** In a run of a few seconds the second-worst probe is the p99. */
+const LIVEZ_P99_MS = Number(process.env.ATTACK_SECONDS ?? 60) < 30 ? 400 : 100
+/** For a new connection among hundreds: Node accepts one in a turn of its event loop, and they wait in the order in which they came. */
+const CROWDED_P99_MS = 2500
 const UPSTREAM_BYTES = 1_048_576
 
 /** ATTACK=^7 runs those whose names begin with 7. */
 const chosen = ATTACKS.filter(({ name }) => new RegExp(process.env.ATTACK ?? '').test(name))
 
-const HEADINGS = ['attack', 'bound', 'RSS MB before → peak → after', 'livez p99 ms idle / attacked (max, lost)',
+const HEADINGS = ['attack', 'bound', 'RSS MB before → peak → after', 'livez p99 ms idle / attacked', 'on a new connection (max, lost)',
   'good caller ok / slow / failed', 'largest request to Mixpanel', 'exit', 'what the attacker got']
 
 function rowOf ({ name, bound = '', hangs }: Attack, { idle, attacked, before, peak, after, early, exit, exitMs, largest, got }: Figures): string {
   const statuses = attacked.failed > 0 ? ` ${JSON.stringify(attacked.statuses)}` : ''
   return [
-    name, bound, `${before} → ${peak} → ${after ?? '–'}`, `${idle.p99.toFixed(1)} / ${attacked.p99.toFixed(1)} (${attacked.max.toFixed(0)}, ${attacked.lost})`,
+    name, bound, `${before} → ${peak} → ${after ?? '–'}`, `${idle.p99.toFixed(1)} / ${attacked.p99.toFixed(1)}`,
+    `${idle.freshP99.toFixed(1)} / ${attacked.freshP99.toFixed(1)} (${attacked.max.toFixed(0)}, ${attacked.lost})`,
     `${attacked.ok} / ${attacked.slow} / ${attacked.failed}${hangs ? ' (Mixpanel hangs)' : ''}${statuses}`, largest,
     early === undefined ? `${exit ?? 'none'} after ${exitMs} ms` : `DIED: ${early}`, Object.entries(got).map(([what, count]) => `${what}: ${count}`).join(', ')
   ].join(' | ')
@@ -32,6 +36,8 @@ t.test('attacks', { skip: !existsSync('/proc/self/status') && 'needs /proc' }, a
       if (early !== undefined) t.comment(said)
       t.ok(peak <= MEMORY_MB, `${peak} MB are at most ${MEMORY_MB}`)
       t.ok(attacked.p99 <= LIVEZ_P99_MS, `/livez p99 ${attacked.p99.toFixed(1)} ms is at most ${LIVEZ_P99_MS}`)
+      const freshBound = attack.crowds ? CROWDED_P99_MS : LIVEZ_P99_MS
+      t.ok(attacked.freshP99 <= freshBound, `/livez p99 on a new connection ${attacked.freshP99.toFixed(1)} ms is at most ${freshBound}`)
       if (!attack.hangs) t.match(attacked, { slow: 0, failed: 0 }, 'every identity of the good caller is a 200 within a second')
       t.ok(largest <= UPSTREAM_BYTES, `the largest request to Mixpanel has ${largest} bytes`)
       t.match(exit, /^\d+$/, `SIGTERM ended it after ${figures.exitMs} ms`)

@@ -17,7 +17,7 @@ export const MEMORY_MB = 256
 const WARM_UP_MS = Math.min(2000, Number(ATTACK_SECONDS) * 250)
 const IDLE_MS = Math.min(3000, Number(ATTACK_SECONDS) * 500)
 /** After Mixpanel hung: when the memory should be back. */
-const REST_MS = 10_000
+const REST_MS = Number(ATTACK_SECONDS) < 30 ? 2000 : 10_000
 /** What an exit may take beyond the relay's own bounds on a busy machine. */
 const SLACK_MS = 1000
 
