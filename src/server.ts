@@ -46,7 +46,7 @@ const commands = new Map(Object.entries({
 }))
 
 async function runServe (config: Config): Promise<void> {
-  const [{ pino }, { createDestination, fileSink, streamSink }, { openFilesLimit, serve }] =
+  const [{ pino }, { createDestination, fileSink, streamSink }, { openFilesLimit, parentOf, serve }] =
     await Promise.all([import('pino'), import('./log.ts'), import('./commands/serve.ts')])
   const stats = fstatSync(1)
   const isStream = stats.isFIFO() || stats.isSocket() || process.stdout.isTTY
@@ -61,27 +61,23 @@ async function runServe (config: Config): Promise<void> {
   const logger = pino({ level: config.LOG_LEVEL, base: null }, destination)
   const { end } = await serve(config, logger, openFilesLimit(() => readFileSync('/proc/self/limits', 'utf8')))
   for (const signal of END_SIGNALS) process.off(signal, endStart)
-  if (process.env.npm_lifecycle_event === 'start') endWithNpm(end)
+  if (process.env.npm_lifecycle_event === 'start') endWithNpm(end, parentOf)
 }
 
 /** Ends the relay when npm is gone. People and supervisors signal `npm start`, which ends only the shell between. */
-function endWithNpm (end: () => void): void {
-  const before = ancestors()
+function endWithNpm (end: () => void, parentOf: (read: () => string) => string): void {
+  const before = ancestors(parentOf)
   const timer = setInterval(() => {
-    if (ancestors() === before) return
+    if (ancestors(parentOf) === before) return
     clearInterval(timer)
     end()
   }, NPM_CHECK_MS).unref()
 }
 
 /** The ids of this process's parent, the shell, and where the system tells it of the shell's parent, npm. */
-function ancestors (): string {
-  try {
-    const [, rest = ''] = readFileSync(`/proc/${process.ppid}/stat`, 'utf8').split(') ')
-    return `${process.ppid} ${rest.split(' ')[1]}`
-  } catch {
-    return String(process.ppid)
-  }
+function ancestors (parentOf: (read: () => string) => string): string {
+  const { ppid } = process
+  return `${ppid} ${parentOf(() => readFileSync(`/proc/${ppid}/stat`, 'utf8'))}`
 }
 
 /** The exit code is 0, or 1 after one sentence for each mistake on standard error. */

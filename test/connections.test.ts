@@ -136,6 +136,23 @@ t.test('MAX_CONNECTIONS: the connection that can best be spared makes room', asy
   for (const { ended, text } of busy) await Promise.race([ended, sleep(3000)]).then(() => t.same(statuses(text()), [200]))
 })
 
+t.test('addresses that cost much are not read for a while; an idle connection is', async t => {
+  const { port } = await listening(t)
+  const idle = stubborn(t, port, '127.0.9.1')
+  idle.socket.write(get('/livez'))
+  await sleep(100)
+  const flood = Array.from({ length: 20 }, () => stubborn(t, port, '127.0.9.1'))
+  for (const { socket } of flood) socket.write(get('/livez').repeat(1000))
+  await sleep(10)
+  idle.socket.write(get('/livez'))
+  for (const { ended, text } of flood) {
+    await ended
+    t.ok([0, 16].includes(statuses(text()).length), 'sixteen answers, or none where too much was refused')
+  }
+  await sleep(100)
+  t.same(statuses(idle.text()), [200, 200])
+})
+
 t.test('a flood of silent connections keeps nobody out', async t => {
   const { port, parts } = await listening(t, { MAX_CONNECTIONS: '100' })
   const flood = setInterval(() => { for (let count = 0; count < 20; count++) stubborn(t, port) }, 10)

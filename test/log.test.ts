@@ -71,6 +71,17 @@ t.test('a sink that fails: what it lost is counted, and it is tried again', asyn
   t.match(lines(state.text), [{ index: 100 }, { dropped: 100, msg: 'log lines dropped' }])
 })
 
+t.test('the count of what is lost is lost neither', async t => {
+  const texts: string[] = []
+  const results = [new Error('ENOSPC'), null, new Error('ENOSPC'), null, null]
+  const { write } = createDestination({ waiting: () => 0, writeNow () {}, write (text, done) { texts.push(text); done(results.shift()) } })
+  for (let index = 0; index < 3; index++) {
+    write(line(index))
+    await sleep(120)
+  }
+  t.match(texts.map(text => JSON.parse(text)), [{ index: 0 }, { index: 1 }, { dropped: 1 }, { index: 2 }, { dropped: 1 }])
+})
+
 t.test('a file: in order, in spite of errors', async t => {
   const path = join(temporary(t), 'log')
   writeFileSync(path, '')

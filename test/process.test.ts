@@ -4,7 +4,7 @@ import { connect, type Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
 import { parse } from 'yaml'
-import { openFilesLimit } from '../src/commands/serve.ts'
+import { openFilesLimit, parentOf } from '../src/commands/serve.ts'
 import { exchange, freePort, identity, leaks, startProcess, startSandbox, TOKEN, type Env } from './helper.ts'
 
 const SERVER = 'dist/server.js'
@@ -205,7 +205,10 @@ t.test('SIGHUP ends nothing', async t => {
 
 t.test('npm start: when npm ends, or is killed, the relay drains and exits', async t => {
   for (const signal of ['SIGTERM', 'SIGKILL'] as const) {
-    const env = { PATH: process.env.PATH, HOME: process.env.HOME, MIXPANEL_TOKEN: TOKEN, PORT: '0' }
+    const { execArgv, env: { PATH, HOME, ...others } } = process
+    const coverage = Object.fromEntries(Object.entries(others).filter(([name]) => /^_?TAP|^NODE_V8/.test(name)))
+    const loaders = execArgv.filter(argument => /processinfo/.test(argument)).join(' ')
+    const env = { ...coverage, PATH, HOME, NODE_OPTIONS: loaders, MIXPANEL_TOKEN: TOKEN, PORT: '0' }
     const npm = spawn('npm', ['start'], { env, detached: true })
     t.teardown(() => { try { process.kill(-(npm.pid as number), 'SIGKILL') } catch {} })
     let output = ''
@@ -213,6 +216,8 @@ t.test('npm start: when npm ends, or is killed, the relay drains and exits', asy
     while (!/Server listening at (http:[^"]+)"/.test(output)) await sleep(50)
     const [, url] = /Server listening at (http:[^"]+)"/.exec(output) as unknown as [string, string]
     t.ok((await fetch(`${url}/livez`)).ok)
+    // Longer than the relay takes to look for the first time.
+    await sleep(700)
     npm.kill(signal)
     const alive = () => fetch(`${url}/livez`).then(() => true, () => false)
     const started = performance.now()
@@ -295,10 +300,14 @@ t.test('with few files it has fewer connections, says so, and is never locked ou
 })
 
 t.test('more connections than files: it says so', async t => {
-  const { output } = await startServer(t, { MAX_CONNECTIONS: '1000000' })
+  const { child, exit, output } = await startServer(t, { MAX_CONNECTIONS: '1000000' })
+  child.kill('SIGTERM')
+  t.equal(await exit, 0)
   t.match(output(), /"connections":\d+,"open_files":\d+,"msg":"fewer connections than MAX_CONNECTIONS/)
   t.equal(openFilesLimit(() => 'Limit  Soft Limit\nMax open files            1024                 4096                 files\n'), 1024)
   for (const limits of ['', 'Max open files            unlimited            unlimited            files']) t.equal(openFilesLimit(() => limits), Infinity)
+  t.equal(parentOf(() => '42 (a name) with ) S 17 42 42 0'.replace(' with )', '')), '17')
+  t.equal(parentOf(() => { throw new Error('ENOENT') }), '')
 })
 
 t.test('idle connections outlive those of the longest load balancer', async t => {

@@ -31,6 +31,16 @@ export function openFilesLimit (read: () => string): number {
   }
 }
 
+/** The parent of a process, from its `/proc/<id>/stat`; empty where `read` throws, elsewhere than on Linux. */
+export function parentOf (read: () => string): string {
+  try {
+    const [, rest = ''] = read().split(') ')
+    return rest.split(' ')[1] as string
+  } catch {
+    return ''
+  }
+}
+
 /** Loaded when it is first asked for, and made once. */
 let description: Promise<{ document: object, yaml: string }> | undefined
 export const describe = (config: Config) =>
