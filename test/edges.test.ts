@@ -308,6 +308,8 @@ t.test('raw bytes: nothing is smuggled', async t => {
     const answer = await exchange(port, post(`host: x\r\n${length}${crowd}origin: http://evil.example\r\n`, body), 300)
     t.match(answer, new RegExp(`^HTTP/1.1 ${status} .*"status":${status},`, 's'), `an origin behind ${count} headers`)
   }
+  const many = Object.fromEntries(Array.from({ length: 130 }, (_, index) => [`x-${index}`, '1']))
+  t.match((await relay.inject({ method: 'POST', url: '/identify', headers: many, payload: body })).json(), { status: 431, title: 'Request Header Fields Too Large' })
   const smuggled = post(`host: x\r\n${length}`, body)
   const pipelined = await exchange(port, post('host: x\r\ntransfer-encoding: chunked\r\ncontent-length: 3\r\n', `0\r\n\r\n${smuggled}`), 300)
   t.match(pipelined, /^HTTP\/1.1 400/)

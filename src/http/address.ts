@@ -1,4 +1,4 @@
-import { BlockList, isIP, isIPv6 } from 'node:net'
+import { BlockList, isIP, isIPv4, isIPv6 } from 'node:net'
 import { normalizeIP } from '@fastify/rate-limit'
 
 /** No address is longer. A forwarded one is the text of whoever sent it. */
@@ -9,6 +9,7 @@ const MAX_LENGTH = 64
  * Takes any text, such as the `address:port` that some proxies write into X-Forwarded-For.
  */
 export function addressKey (ip: string): string {
+  if (isIPv4(ip)) return ip
   const text = ip.slice(0, MAX_LENGTH)
   const bare = /^(\d+\.\d+\.\d+\.\d+):\d+$/.exec(text)?.[1] ?? /^\[(.+)\](?::\d+)?$/.exec(text)?.[1] ?? text
   // A zone (fe80::1%eth0) is a name of the machine's own, and any text may follow the sign.

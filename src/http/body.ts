@@ -98,11 +98,14 @@ export const bodies = fp<Options>(async (app, { config, spend }) => {
     if (request.method === 'POST') {
       const lease = budget.lease(request.routeOptions.config.bodyShare)
       const { socket } = request.raw
+      let isMore = false
       request.lease = {
         release: lease.release,
         spend: us => spend(socket, us),
         grow (bytes) {
-          spend(socket, PIECE_US + bytes / BYTES_PER_US)
+          // Not for the small bodies that nearly all are.
+          if (isMore || bytes > SMALL) spend(socket, PIECE_US + bytes / BYTES_PER_US)
+          isMore = true
           return lease.grow(bytes)
         }
       }
