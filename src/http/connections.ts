@@ -34,6 +34,8 @@ interface Peer extends ReadingCost { address: string, held: number }
 
 interface Connection {
   peer: Peer
+  /** True where it comes from one of TRUST_PROXY. */
+  isProxy: boolean
   /** When it was opened, by performance.now(). */
   since: number
   pipeline: Pipeline
@@ -61,15 +63,15 @@ export function createConnections ({ config, charge, onError }: Options) {
   const connections = new Map<Socket, Connection>()
   const mayHoldAll = createNetworks(['127.0.0.0/8', '::1', ...proxies])
   const peers = new Map<string, Peer>()
-  const isProxy = createNetworks(proxies)
+  const isInProxies = createNetworks(proxies)
   const throttle = createReadThrottle(connections)
   const { spend } = throttle
   const pipelining = createPipelining({
     spend,
     charge (socket, count) {
-      const { peer } = connections.get(socket) ?? {}
+      const { peer, isProxy } = connections.get(socket) ?? {}
       // A proxy's requests are those of its clients.
-      if (peer !== undefined && !isProxy(peer.address)) charge(peer.address, count)
+      if (peer !== undefined && isProxy === false) charge(peer.address, count)
     }
   })
 
@@ -88,7 +90,9 @@ export function createConnections ({ config, charge, onError }: Options) {
     peers.set(address, peer)
     peer.held++
     const since = performance.now()
-    const connection = { peer, since, pipeline: pipelining.open(), taken: 0, unreadSweeps: 0 }
+    // By its whole address: that of a peer is cut to its network.
+    const isProxy = isInProxies(remoteAddress)
+    const connection = { peer, isProxy, since, pipeline: pipelining.open(), taken: 0, unreadSweeps: 0 }
     connections.set(socket, connection)
     // Node calls this after an answer with `connection: close`. With a body unread the kernel would reset the peer.
     socket.destroySoon = () => linger(socket, spend)
