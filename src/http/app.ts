@@ -5,7 +5,7 @@ import { isLoopback, type Config } from '../config.ts'
 import { throttled } from '../log.ts'
 import type { Redis } from '../redis.ts'
 import type { Relay } from '../relay/relay.ts'
-import { bodies } from './body.ts'
+import { createBodies } from './body.ts'
 import { createConnections } from './connections.ts'
 import { framing } from './plugins/framing.ts'
 import { corsHeaders, origins } from './plugins/origins.ts'
@@ -79,7 +79,6 @@ export async function buildApp (config: Config, { relay, redis, logger, document
   await app.register(origins, { config })
   await app.register(draining, { relay })
   await app.register(framing)
-  await app.register(bodies, { config, spend: connections.spend })
   await app.register(connections.hooks)
   await prepare?.(app)
   app.addSchema(Problem)
@@ -94,12 +93,13 @@ export async function buildApp (config: Config, { relay, redis, logger, document
   // The identity routes have parsers of their own. The body of what is not found is not read.
   app.removeAllContentTypeParsers()
 
-  const parts = () => ({ connections: connections.count(), bytes_in_flight: app.bytesInFlight(), ...relay.state() })
+  const bodies = createBodies({ config, spend: connections.spend })
+  const parts = () => ({ connections: connections.count(), bytes_in_flight: bodies.bytesInFlight(), ...relay.state() })
   await app.register(operations, { parts })
   if (config.DOCS ?? isLoopback(config.HOST)) await app.register(docs, { document })
   const nextSlice = createSlices(SLICE_MS)
-  await app.register(identify, { relay, nextSlice })
-  await app.register(batch, { relay, config, nextSlice })
+  await app.register(identify, { relay, bodies, nextSlice })
+  await app.register(batch, { relay, config, bodies, nextSlice })
   return app
 }
 

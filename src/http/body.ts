@@ -1,23 +1,14 @@
 import type { IncomingMessage } from 'node:http'
 import type { Socket } from 'node:net'
-import type { FastifyReply, FastifyRequest } from 'fastify'
-import fp from 'fastify-plugin'
+import type { FastifyInstance, FastifyRequest } from 'fastify'
 import type { Slices } from '../concurrency/slices.ts'
 import type { Config } from '../config.ts'
 import { checkUtf8, parseJson } from './json.ts'
 
 declare module 'fastify' {
-  interface FastifyInstance {
-    /** How many bytes of bodies are arriving, or wait for their answer to leave. */
-    bytesInFlight: () => number
-  }
   interface FastifyRequest {
     /** The bytes that the body holds of MAX_BYTES_IN_FLIGHT, from its first byte until its answer has left. */
-    lease: Lease | undefined
-  }
-  interface FastifyContextConfig {
-    /** The most of MAX_BYTES_IN_FLIGHT that the bodies of such routes may hold together; by default all of it. */
-    bodyShare?: number
+    lease: Lease
   }
 }
 
@@ -30,14 +21,36 @@ export class BodyError extends Error {
   }
 }
 
-export interface Lease {
-  /** Takes more bytes of the budget; false where it has none left. */
-  grow: (bytes: number) => boolean
+/** Some bytes of a budget, of which all leases of one share may hold `share.max` together. */
+export class Lease {
+  held = 0
+  readonly #budget: Bound
+  readonly #share: Bound
+  constructor (budget: Bound, share: Bound) {
+    this.#budget = budget
+    this.#share = share
+  }
+
+  /** Takes more bytes; false, and takes none, where the budget or the share has none left. */
+  grow (bytes: number): boolean {
+    if (this.#budget.used + bytes > this.#budget.max || this.#share.used + bytes > this.#share.max) return false
+    this.#take(bytes)
+    return true
+  }
+
   /** Gives all of them back. */
-  release: () => void
-  /** Told what reading has cost, in µs. */
-  spend?: (us: number) => void
+  release (): void {
+    this.#take(-this.held)
+  }
+
+  #take (bytes: number): void {
+    this.held += bytes
+    this.#budget.used += bytes
+    this.#share.used += bytes
+  }
 }
+
+interface Bound { used: number, readonly max: number }
 
 const ignore = () => {}
 
@@ -47,27 +60,13 @@ const BYTES_PER_US = 2000
 
 /** Counts bytes against a bound, over all who hold some. */
 export function createByteBudget (max: number) {
-  let used = 0
-  /** By share: what the bodies of routes with that share hold. */
-  const shares = new Map<number, number>()
-
+  const budget: Bound = { used: 0, max }
   return {
-    used: () => used,
-    lease (share = 1): Lease {
-      let held = 0
-      const take = (bytes: number) => {
-        held += bytes
-        used += bytes
-        shares.set(share, (shares.get(share) ?? 0) + bytes)
-      }
-      return {
-        grow (bytes) {
-          const isOver = used + bytes > max || (shares.get(share) ?? 0) + bytes > max * share
-          if (!isOver) take(bytes)
-          return !isOver
-        },
-        release: () => take(-held)
-      }
+    used: () => budget.used,
+    /** Returns what makes leases that may hold so much of the budget together, a fraction of it. */
+    share (fraction: number): () => Lease {
+      const share: Bound = { used: 0, max: max * fraction }
+      return () => new Lease(budget, share)
     }
   }
 }
@@ -89,82 +88,84 @@ interface Options {
   spend: (socket: Socket, us: number) => void
 }
 
-/** Gives every POST a lease, which `readBody` fills, and ends it when the answer has left or its connection is gone. */
-export const bodies = fp<Options>(async (app, { config, spend }) => {
+interface Accepted {
+  types: string[]
+  /** The most that a body may have, in bytes. */
+  limit: number
+  /** The fraction of MAX_BYTES_IN_FLIGHT that all such bodies may hold together. */
+  share: number
+  /** Makes the request's `body` of its bytes. */
+  parse: (body: Buffer, done: Done) => void
+}
+
+export type Bodies = ReturnType<typeof createBodies>
+
+/** Bounds the memory of bodies: a body holds what it has of MAX_BYTES_IN_FLIGHT until its answer has left. */
+export function createBodies ({ config, spend }: Options) {
   const budget = createByteBudget(config.MAX_BYTES_IN_FLIGHT)
-  app.decorate('bytesInFlight', budget.used)
-  app.decorateRequest('lease', undefined)
-  app.addHook('preParsing', (request: FastifyRequest, reply: FastifyReply, payload, done) => {
-    if (request.method === 'POST') {
-      const lease = budget.lease(request.routeOptions.config.bodyShare)
-      const { socket } = request.raw
-      let isMore = false
-      request.lease = {
-        release: lease.release,
-        spend: us => spend(socket, us),
-        grow (bytes) {
-          // Not for the small bodies that nearly all are.
-          if (isMore || bytes > SMALL) spend(socket, PIECE_US + bytes / BYTES_PER_US)
-          isMore = true
-          return lease.grow(bytes)
+  return {
+    /** How many bytes are arriving, or wait for their answer to leave. */
+    bytesInFlight: budget.used,
+
+    /**
+     * Lets the routes of `app` read bodies. A body that is longer than `limit`, or for which MAX_BYTES_IN_FLIGHT has no
+     * room, fails with a BodyError; then nothing more of it is kept.
+     */
+    accept (app: FastifyInstance, { types, limit, share, parse }: Accepted): void {
+      const lease = budget.share(share)
+      app.decorateRequest('lease', null as unknown as Lease)
+      app.addHook('onRequest', (request, reply, done) => {
+        const held = lease()
+        request.lease = held
+        reply.raw.on('close', () => held.release())
+        done()
+      })
+      app.addContentTypeParser(types, createReader({ limit, spend, parse }))
+    }
+  }
+}
+
+/** Returns a content type parser that gathers a body, within its request's lease, and gives it to `parse`. */
+function createReader ({ limit, spend, parse }: Pick<Accepted, 'limit' | 'parse'> & Pick<Options, 'spend'>) {
+  return ({ headers, lease }: FastifyRequest, payload: IncomingMessage, done: Done): void => {
+    const declared = Number(headers['content-length'] ?? 0)
+    if (declared > limit) return done(new BodyError('body_too_large'))
+    // Most bodies come in one piece, which is taken as it is. Many small pieces must not cost an object each.
+    let body: Buffer = NO_BYTES
+    let length = 0
+    let pieces = 0
+
+    function append (chunk: Buffer): void {
+      pieces++
+      if (pieces > MAX_PIECES && length < pieces * PIECE_BYTES) {
+        spend(payload.socket, TINY_US)
+        return end(new BodyError('invalid_request', TINY))
+      }
+      if (length + chunk.length > limit) return end(new BodyError('body_too_large'))
+      // Not for the small bodies that nearly all are.
+      if (pieces > 1 || chunk.length > SMALL) spend(payload.socket, PIECE_US + chunk.length / BYTES_PER_US)
+      if (!lease.grow(chunk.length)) return end(new BodyError('overloaded'))
+      if (length === 0) {
+        body = chunk
+      } else {
+        if (length + chunk.length > body.length) {
+          body = enlarged(body, length, declared > length ? declared : length + chunk.length)
         }
+        chunk.copy(body, length)
       }
-      reply.raw.on('close', lease.release)
+      length += chunk.length
     }
-    done(null, payload)
-  })
-})
 
-/**
- * A content type parser that yields the body's bytes. Fails with a BodyError where the body is longer than the route
- * takes or MAX_BYTES_IN_FLIGHT has no room for it; then nothing more of it is kept.
- */
-export function readBody (
-  request: FastifyRequest, payload: IncomingMessage, done: (error: Error | null, body: Buffer) => void
-): void {
-  const { bodyLimit } = request.routeOptions
-  const declared = Number(request.headers['content-length'] ?? 0)
-  if (declared > bodyLimit) return done(new BodyError('body_too_large'), NO_BYTES)
-  // Most bodies come in one piece, which is taken as it is. What comes in many small ones must not cost an object each.
-  let body: Buffer | undefined
-  let length = 0
-  let pieces = 0
-
-  function append (chunk: Buffer): void {
-    pieces++
-    if (pieces > MAX_PIECES && length < pieces * PIECE_BYTES) {
-      request.lease?.spend?.(TINY_US)
-      return fail(new BodyError('invalid_request', TINY))
+    function end (error?: Error): void {
+      // None of these closures may live as long as the request does: they keep the body.
+      payload.off('data', append).off('end', end).off('error', end)
+      if (error === undefined) return parse(body.length === length ? body : body.subarray(0, length), done)
+      // What still comes is thrown away. Without a listener Node would buffer each piece first.
+      payload.on('data', ignore)
+      done(error instanceof BodyError ? error : new BodyError('invalid_request', 'must arrive whole'))
     }
-    if (length + chunk.length > bodyLimit) return fail(new BodyError('body_too_large'))
-    if (request.lease?.grow(chunk.length) === false) return fail(new BodyError('overloaded'))
-    if (body === undefined) {
-      body = chunk
-    } else {
-      if (length + chunk.length > body.length) {
-        body = enlarged(body, length, declared > length ? declared : length + chunk.length)
-      }
-      chunk.copy(body, length)
-    }
-    length += chunk.length
+    payload.on('data', append).on('end', end).on('error', end)
   }
-  function end (): void {
-    settle(null, body?.subarray(0, length))
-  }
-  function fail (error: Error): void {
-    settle(error)
-    // What still comes is thrown away. Without a listener Node would buffer each piece first.
-    payload.on('data', ignore)
-  }
-  const abort = () => settle(new BodyError('invalid_request', 'must arrive whole'))
-
-  function settle (error: Error | null, value: Buffer = NO_BYTES): void {
-    payload.off('data', append).off('end', end).off('error', abort)
-    // Not a closure: it lives as long as the request, and would keep the body.
-    payload.on('error', ignore)
-    done(error, value)
-  }
-  payload.on('data', append).on('end', end).on('error', abort)
 }
 
 /** A buffer of at least `needed` bytes that begins with the first `length` of `body`. Unused pages take no memory. */
@@ -177,27 +178,22 @@ function enlarged (body: Buffer, length: number, needed: number): Buffer {
 /** A body of so many bytes is looked at at once. */
 const SMALL = 8192
 
-/**
- * A content type parser that yields what the body says in JSON. A body of more than `most` bytes is refused; one that
- * is not small waits for its slice of the event loop.
- */
-export const readJson = (most: number, nextSlice: Slices) =>
-  (request: FastifyRequest, payload: IncomingMessage, done: Done): void => readBody(request, payload, (error, body) => {
-    if (error !== null) return done(error)
-    if (body.length > most) return done(new BodyError('invalid_request', tooLong(most)))
-    const parse = () => {
-      let value: unknown
-      try {
-        value = parseJson(checkUtf8(body))
-      } catch (error) {
-        return done(error as Error)
-      }
-      done(null, value)
+/** Parses a body as JSON. One of more than `most` bytes is refused; one that is not small waits for its slice. */
+export const parseAsJson = (most: number, nextSlice: Slices) => (body: Buffer, done: Done): void => {
+  if (body.length > most) return done(new BodyError('invalid_request', tooLong(most)))
+  const parse = () => {
+    let value: unknown
+    try {
+      value = parseJson(checkUtf8(body))
+    } catch (error) {
+      return done(error as Error)
     }
-    const slice = body.length > SMALL ? nextSlice() : undefined
-    if (slice === undefined) parse()
-    else slice.then(parse)
-  })
+    done(null, value)
+  }
+  const slice = body.length > SMALL ? nextSlice() : undefined
+  if (slice === undefined) parse()
+  else slice.then(parse)
+}
 
 /** What is said of JSON that has more than `most` bytes. */
 export const tooLong = (most: number) => `must be at most ${most / 1024} KiB of JSON`

@@ -204,15 +204,21 @@ export function createConnections ({ config, charge, onError }: Options) {
 
     /** The hooks that tell a connection how far its requests are. Registered after all that set `connection`. */
     hooks: fp(async app => {
-      app.addHook('preHandler', ({ raw }, reply, done) => {
+      // The handler of an identity follows in the same turn. A kind of hook of its own costs closures.
+      app.addHook('preValidation', ({ raw }, reply, done) => {
         const connection = connections.get(raw.socket)
         if (connection !== undefined) pipelining.checked(connection.pipeline, raw, app.routing)
         done()
       })
       app.addHook('onSend', ({ raw }, reply, payload, done) => {
         const pipeline = connections.get(raw.socket)?.pipeline
-        if (isLongUnread(raw) || (pipeline !== undefined && isLast(pipeline, raw))) reply.header('connection', 'close')
-        if (pipeline !== undefined && reply.getHeader('connection') === 'close') pipeline.isClosing = true
+        if (app.isDraining() || isLongUnread(raw) || (pipeline !== undefined && isLast(pipeline, raw))) {
+          reply.header('connection', 'close')
+          if (pipeline !== undefined) pipeline.isClosing = true
+        } else if (pipeline !== undefined && reply.statusCode >= 400 && reply.getHeader('connection') === 'close') {
+          // plugins/framing has set it, or Fastify after a body that could not be read.
+          pipeline.isClosing = true
+        }
         done(null, payload)
       })
     })

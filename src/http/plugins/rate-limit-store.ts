@@ -35,6 +35,11 @@ end
 return { used + asked, left }`
 
 export type RateLimitStore = FastifyRateLimitStore & {
+  /**
+   * Counts one request of a caller and returns true, if the limit allows it and Redis need not be asked; otherwise
+   * `incr` must decide. It spares nearly every request the four promises that @fastify/rate-limit makes.
+   */
+  countNow: (key: string) => boolean
   /** Counts `amount` for a caller if the limit allows it, and resolves with what that makes. Never rejects. */
   add: (key: string, amount: number) => Promise<Usage>
   /** Counts `amount` for a caller, whatever the limit is: it has been spent. Never rejects. */
@@ -64,6 +69,7 @@ export function createRateLimitStore ({ max, windowMs, redis, log }: Options): R
       if ('then' in usage) usage.then(found => callback(null, found), error => callback(error))
       else callback(null, usage)
     },
+    countNow: key => redis === undefined && countHere(key, 1, max).current <= max,
     // One budget for all routes.
     child: () => store,
     add: async (key, amount) => add(key, amount),

@@ -42,8 +42,8 @@ export const limits = fp<Options>(async (app, { config, redis, log }) => {
   // Its type is that of a hook with `done`; it returns a promise instead, and takes none.
   const limit = app.rateLimit() as unknown as (request: FastifyRequest, reply: FastifyReply) => Promise<void>
   app.addHook('onRequest', (request, reply, done) => {
-    if (request.routeOptions.config.quiet) return done()
-    limit(request, reply).then(() => done(), done)
+    if (request.route.config.quiet || store.countNow(keyGenerator(request))) done()
+    else limit(request, reply).then(() => done(), done)
   })
 
   app.decorate('charge', (address, amount) => { store.charge(address, amount).catch(() => {}) })

@@ -1,20 +1,11 @@
 import { randomBytes } from 'node:crypto'
 import type { IncomingMessage } from 'node:http'
+import type { FastifyReply, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
 import { symbols, type Logger } from 'pino'
 
-/** One line of the access log. A handler adds what it knows: the problem's code, its cause, the event's $insert_id. */
+/** What a handler adds to the access log: the problem's code, its cause, the event's $insert_id. */
 export interface LogLine {
-  level: number
-  time: number
-  msg: string
-  method: string
-  /** The pattern, never the URL, whose query may hold anything; null where no route was found. */
-  route: string | null
-  status: number
-  ms: number
-  request_id: string
-  caller: 'anonymous'
   code?: string
   cause?: string
   insert_id?: string
@@ -25,6 +16,12 @@ export interface LogLine {
 
 declare module 'fastify' {
   interface FastifyReply { logLine: LogLine }
+  interface FastifyRequest {
+    /** What `routeOptions` says of the route, asked once: Fastify makes a new object each time. */
+    route: FastifyRequest['routeOptions']
+    /** When it began, by performance.now(). */
+    since: number
+  }
   /** `quiet`: the route's requests are not logged. */
   interface FastifyContextConfig { quiet?: boolean }
 }
@@ -46,28 +43,35 @@ export const requests = fp<{ logger: Logger }>(async (app, { logger }) => {
   type WithStream = { [symbols.streamSym]: { write: (line: string) => void } }
   const { [symbols.streamSym]: stream } = logger as unknown as WithStream
   const level = logger.levels.values.info as number
+  const isLogged = logger.isLevelEnabled('info')
   app.decorateReply('logLine', null as unknown as LogLine)
+  app.decorateRequest('route', null as unknown as FastifyRequest['route'])
+  app.decorateRequest('since', 0)
 
   app.addHook('onRequest', (request, reply, done) => {
-    const { method, id } = request
-    const route = request.routeOptions.url ?? null
-    reply.logLine = {
-      level, time: 0, method, route, status: 0, ms: 0, request_id: id, caller: 'anonymous', msg: 'answered'
-    }
-    reply.header('x-request-id', id)
-    if (method === 'POST') reply.header('cache-control', 'no-store')
+    request.route = request.routeOptions
+    request.since = performance.now()
+    reply.logLine = {}
+    reply.header('x-request-id', request.id)
+    if (request.method === 'POST') reply.header('cache-control', 'no-store')
     done()
   })
 
   app.addHook('onSend', (request, reply, payload, done) => {
-    if (!request.routeOptions.config.quiet && logger.isLevelEnabled('info')) {
-      const line = reply.logLine
-      line.time = Date.now()
-      line.status = reply.statusCode
-      line.ms = Math.round(reply.elapsedTime * 10) / 10
-      // What pino would write; to let it do so costs four times as much.
-      stream.write(`${JSON.stringify(line)}\n`)
-    }
+    if (isLogged && !request.route.config.quiet) stream.write(accessLine(level, request, reply))
     done(null, payload)
   })
 })
+
+/**
+ * The line that pino would write, at a quarter of what pino costs, and a third of JSON.stringify. Nothing here needs an
+ * escape: Node knows the methods, the route is its pattern (never the URL, whose query may hold anything), and
+ * `requestId` has chosen the id.
+ */
+function accessLine (level: number, { method, route, id, since }: FastifyRequest, reply: FastifyReply): string {
+  const known = JSON.stringify(reply.logLine)
+  const ms = Math.round((performance.now() - since) * 10) / 10
+  return `{"level":${level},"time":${Date.now()},"method":"${method}",` +
+    `"route":${route.url === undefined ? null : `"${route.url}"`},"status":${reply.statusCode},"ms":${ms},` +
+    `"request_id":"${id}","caller":"anonymous"${known === '{}' ? '' : `,${known.slice(1, -1)}`},"msg":"answered"}\n`
+}

@@ -5,7 +5,7 @@ import type { Relay } from '../../relay/relay.ts'
 
 declare module 'fastify' {
   interface FastifyInstance {
-    /** From now on not ready, and every answer asks its connection to close; requests are still served. */
+    /** From now on not ready, and every answer closes its connection; requests are still served. */
     drain: () => void
     isDraining: () => boolean
   }
@@ -40,11 +40,6 @@ export const draining = fp<{ relay: Relay }>(async (app, { relay }) => {
   app.addHook('onRequest', (request, reply, done) => {
     if (state === 'closing' && request.method === 'POST') return reply.problem('draining', { retryAfter: 1 })
     done()
-  })
-  // On the answer, not the request: a connection whose request was in flight already would stay open for a minute.
-  app.addHook('onSend', (request, reply, payload, done) => {
-    if (state !== 'serving') reply.header('connection', 'close')
-    done(null, payload)
   })
 })
 

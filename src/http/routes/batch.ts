@@ -9,7 +9,7 @@ import {
 } from '../../identity/identity.ts'
 import type { Verdict } from '../../identity/verdict.ts'
 import type { Relay } from '../../relay/relay.ts'
-import { readBody } from '../body.ts'
+import type { Bodies } from '../body.ts'
 import { checkUtf8, outline, parseJson } from '../json.ts'
 import {
   asFieldErrors, fieldErrors, MAX_ERRORS, problemBody, problemResponses, type Extras, type ProblemCode
@@ -25,6 +25,11 @@ declare module 'fastify' {
 
 /** Mixpanel's own limit. */
 const MAX_IDENTITIES = 2000
+
+const BODY_LIMIT = 1_048_576
+
+/** Batches leave some of MAX_BYTES_IN_FLIGHT to single identities. */
+const BODY_SHARE = 0.75
 
 /** What stands around the identities, with a number for each. */
 const MAX_OUTLINE = 16_384
@@ -47,7 +52,7 @@ const Results = Type.Object({
     `or queued, else 207. All problems together list at most ${MAX_ERRORS} fields; those beyond have no \`errors\`.`
 })
 
-interface Options { relay: Relay, config: Pick<Config, 'RATE_LIMIT_MAX'>, nextSlice: Slices }
+interface Options { relay: Relay, config: Pick<Config, 'RATE_LIMIT_MAX'>, bodies: Bodies, nextSlice: Slices }
 
 /** The event of an identity, or what is wrong with it. */
 type Looked = PendingEvent | FieldError[]
@@ -60,13 +65,14 @@ type Outcome = FieldError[] | Verdict | Error
 
 /** `POST /identify/batch`: many identities, and what became of each. */
 export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) => {
-  const { relay, config: { RATE_LIMIT_MAX: limit }, nextSlice } = options
-  app.addContentTypeParser(BODY_TYPES, readBody)
+  const { relay, config: { RATE_LIMIT_MAX: limit }, bodies, nextSlice } = options
+  bodies.accept(app, {
+    types: BODY_TYPES, limit: BODY_LIMIT, share: BODY_SHARE, parse: (body, done) => done(null, body)
+  })
 
   app.post('/identify/batch', {
     ...forIdentities,
-    config: { body: identitiesOf(Identity), bodyShare: 0.75 } satisfies FastifyContextConfig,
-    bodyLimit: 1_048_576,
+    config: { body: identitiesOf(Identity) } satisfies FastifyContextConfig,
     schema: {
       operationId: 'identifyBatch',
       summary: 'Up to 2000 identities, a verdict for each',

@@ -3,7 +3,7 @@ import { Type } from '@sinclair/typebox'
 import type { Slices } from '../../concurrency/slices.ts'
 import { isTooLarge } from '../../identity/event.ts'
 import { brokenRules, Identity, MAX_IDENTITY_BYTES, surplusNames } from '../../identity/identity.ts'
-import { readJson } from '../body.ts'
+import { parseAsJson, type Bodies } from '../body.ts'
 import { fieldErrors, problemResponses } from '../problem.ts'
 import type { Relay } from '../../relay/relay.ts'
 import { answerQueued, asProblem, BODY_TYPES, forIdentities, Headers, prefersAsync, TOO_LONG } from './responses.ts'
@@ -39,15 +39,16 @@ const MAX_NAMED_FIELDS = 1000
 /** Room for white space; what is longer is not read to its end. */
 const BODY_LIMIT = 2 * MAX_IDENTITY_BYTES
 
-interface Options { relay: Relay, nextSlice: Slices }
+interface Options { relay: Relay, bodies: Bodies, nextSlice: Slices }
 
 /** `POST /identify`: one identity, and what became of it. */
-export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay, nextSlice }) => {
-  app.addContentTypeParser(BODY_TYPES, readJson(MAX_IDENTITY_BYTES, nextSlice))
+export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay, bodies, nextSlice }) => {
+  bodies.accept(app, {
+    types: BODY_TYPES, limit: BODY_LIMIT, share: 1, parse: parseAsJson(MAX_IDENTITY_BYTES, nextSlice)
+  })
 
   app.post('/identify', {
     ...forIdentities,
-    bodyLimit: BODY_LIMIT,
     preValidation ({ body }, reply, done) {
       const errors = surplusNames(body, MAX_NAMED_FIELDS)
       if (errors.length > 0) reply.problem('invalid_request', { errors })
