@@ -105,7 +105,7 @@ export function readConfig (env: Env, readFile: (path: string) => string): Confi
     const name = path.split('/')[1] as string
     if (!mistakes.has(name)) mistakes.set(name, `${name} ${value === undefined ? 'is required' : schema.rule}.`)
   }
-  const sentences = [...mistakes.values(), ...contradictions(config, env)]
+  const sentences = [...mistakes.values(), ...conflicts(config, env)]
   if (sentences.length > 0) throw new ConfigError(sentences.join('\n'))
   return Object.freeze(config)
 }
@@ -116,11 +116,11 @@ export function isLoopback (host: string): boolean {
 }
 
 /** Tells projects apart where the token must not be: in the outbox, whose identities belong to one project for good. */
-export function projectOf ({ MIXPANEL_TOKEN: token, MIXPANEL_PROJECT_ID: id = '' }: Config): string {
+export function projectFingerprint ({ MIXPANEL_TOKEN: token, MIXPANEL_PROJECT_ID: id = '' }: Config): string {
   return hash('sha256', `identify-relay:${token}:${id}`).slice(0, 12)
 }
 
-function contradictions (config: Config, env: Env): string[] {
+function conflicts (config: Config, env: Env): string[] {
   const sentences = Object.keys(env).filter(name => UNSUPPORTED.test(name) && env[name])
     .map(name => `${name} is not supported by this version: unset it.`)
   if ((config.MIXPANEL_SERVICE_ACCOUNT === undefined) !== (config.MIXPANEL_PROJECT_ID === undefined)) {

@@ -5,7 +5,7 @@ import type { Writable } from 'node:stream'
 export type Log = Record<'debug' | 'info' | 'warn' | 'error', (what: object, message: string) => void>
 
 /** Returns a way to say what may happen to many at the same time: at most once in `ms`. */
-export function throttled (say: Log['error'], ms: number): Log['error'] {
+export function throttledError (say: Log['error'], ms: number): Log['error'] {
   let last = -Infinity
   return (what, message) => {
     if (performance.now() - last < ms) return

@@ -4,10 +4,10 @@ import type { Log } from './log.ts'
 export type { Redis }
 
 /** No request waits longer for Redis. */
-export const SOON_MS = 200
+export const FOREGROUND_TIMEOUT_MS = 200
 
 /** For what ioredis asks by itself when it connects. */
-const GREETING_MS = 1000
+const CONNECT_COMMAND_TIMEOUT_MS = 1000
 
 /**
  * A connection to Redis for commands that come `inTime`; while it is lost they fail at once. ioredis comes back by
@@ -19,7 +19,7 @@ export async function connectRedis (url: string, log: Log): Promise<Redis> {
   const redis = new Redis(url, {
     lazyConnect: true,
     connectTimeout: 500,
-    commandTimeout: GREETING_MS,
+    commandTimeout: CONNECT_COMMAND_TIMEOUT_MS,
     enableOfflineQueue: false,
     maxRetriesPerRequest: 0,
     autoResendUnfulfilledCommands: false,
@@ -36,12 +36,12 @@ export async function connectRedis (url: string, log: Log): Promise<Redis> {
   })
   isUp = true
   redis.on('close', () => {
-    if (isUp) log.error({ cause }, 'Redis is lost')
+    if (isUp) log.error({ cause }, 'Redis connection lost')
     isUp = false
   })
   redis.on('ready', () => {
     isUp = true
-    log.info({}, 'Redis is back')
+    log.info({}, 'Redis connection restored')
   })
   return redis
 }
@@ -51,7 +51,7 @@ export async function connectRedis (url: string, log: Log): Promise<Redis> {
  * which may be dead without a word, is left for a new one: only the first callers wait. After a stall of this process
  * timers are due before sockets are read; what has arrived by then has come in time.
  */
-export function inTime<Result> (redis: Redis, ms: number, command: Promise<Result>): Promise<Result> {
+export function withTimeout<Result> (redis: Redis, ms: number, command: Promise<Result>): Promise<Result> {
   let timer: NodeJS.Timeout | undefined
   let afterReading: NodeJS.Immediate | undefined
   const lateness = new Promise<never>((_resolve, reject) => {
@@ -68,10 +68,10 @@ export function inTime<Result> (redis: Redis, ms: number, command: Promise<Resul
 }
 
 /** A second connection to the same Redis, for commands that may take `ms`. Its creator must disconnect it. */
-export async function connectPatient (redis: Redis, ms: number): Promise<Redis> {
-  const patient = redis.duplicate({ commandTimeout: 2 * ms })
+export async function connectBackground (redis: Redis, ms: number): Promise<Redis> {
+  const background = redis.duplicate({ commandTimeout: 2 * ms })
   // The first connection says that Redis is lost.
-  patient.on('error', () => {})
-  await patient.connect()
-  return patient
+  background.on('error', () => {})
+  await background.connect()
+  return background
 }

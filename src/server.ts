@@ -33,14 +33,14 @@ const commands = new Map(Object.entries({
   },
   /** For operators, whether a relay is running or not. */
   async outbox (config: Config, order: string[]) {
-    const { command } = await import('./commands/outbox.ts')
+    const { outboxCommand: command } = await import('./commands/outbox.ts')
     // Such as `outbox list | head`.
     process.stdout.on('error', () => process.exit(0))
     for await (const text of command(config, order)) process.stdout.write(text)
   },
   /** Prints `openapi.yaml`. */
   async openapi (config: Config) {
-    const { describe } = await import('./commands/serve.ts')
+    const { openapiDocument: describe } = await import('./commands/serve.ts')
     console.log((await describe(config)).yaml)
   }
 }))
@@ -91,7 +91,7 @@ async function main (name = 'serve', args: string[]): Promise<void> {
 }
 
 main(process.argv[2], process.argv.slice(3)).catch((error: Error) => {
-  const isMistake = error instanceof ConfigError || error.name === 'OrderError'
+  const isMistake = error instanceof ConfigError || error.name === 'UsageError'
   console.error(isMistake ? error.message : `The relay cannot go on: ${error.message}.`)
   process.exit(1)
 })

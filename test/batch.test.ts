@@ -51,8 +51,8 @@ t.test('a 0 for many condemns only the guilty, each with Mixpanel\'s reason', as
     const relay = await startRelay(t, env)
     const guilty = new Set(['bad-3', 'bad-77', 'bad-78', 'bad-150', 'bad-299'])
     // The stand-in refuses by time; the clock is turned back when these are accepted.
-    const accept = relay.relay.accept
-    relay.relay.accept = one => {
+    const accept = relay.relay.toEvent
+    relay.relay.toEvent = one => {
       const event = accept(one)
       return guilty.has(one.identified_id) ? { ...event, json: event.json.replace(/"time":\d+/, '"time":1') } : event
     }
@@ -130,14 +130,14 @@ t.test('a caller who goes away harms nobody, is sent, logged, and not waited for
   t.same(statuses, Array.from({ length: 10 }, (_, index) => index % 2 ? 'gone' : 200))
   await sleep(1000)
   t.equal(arrived(relay).flat().length, 10)
-  t.equal(relay.logged().filter(line => line.msg === 'answered' && line.insert_id !== undefined).length, 10)
+  t.equal(relay.logged().filter(line => line.msg === 'request completed' && line.insert_id !== undefined).length, 10)
   t.equal(relay.relay.state().waiting, 0)
 })
 
 t.test('close waits for what is accepted, its caller gone or not', async t => {
   const relay = await startRelay(t)
   relay.sandbox.faults.add({ name: 'edge_down' })
-  const verdict = relay.relay.identify(relay.relay.accept(identity()))
+  const verdict = relay.relay.identify(relay.relay.toEvent(identity()))
   await sleep(30)
   await relay.app.close()
   t.same(await verdict, { code: 'accepted' })
@@ -254,7 +254,7 @@ t.test('the batcher: order, bounds, lateness, a send that throws', async t => {
   await batcher.idle()
   const results = [1, 2, 100, 3, 4, 5, 6, 7].map(item => batcher.add(item))
   t.equal(batcher.add(8), undefined, 'a ninth does not fit')
-  t.equal(batcher.waiting(), 8)
+  t.equal(batcher.inFlight(), 8)
   await sleep(10)
   t.equal(batcher.add(9), undefined, 'nor while it sends')
   t.same(await Promise.all(results), ['result 1', 'result 2', 'result 100', 'late', 'late', 'late', 'late', 'late'])
@@ -266,7 +266,7 @@ t.test('the batcher: order, bounds, lateness, a send that throws', async t => {
   for (const result of bug) await t.rejects(result as Promise<string>, { message: 'a bug' })
   await idle
   t.equal(await later, 'result 15')
-  t.equal(batcher.waiting(), 0)
+  t.equal(batcher.inFlight(), 0)
 })
 
 t.test('the batcher: bytes', async t => {
@@ -300,7 +300,7 @@ t.test('what is thrown while encoding or sending reaches its own callers, and le
     },
     async send (): Promise<Verdict> {
       if (state.bug === 'send') throw new Error('a bug')
-      return state.bug === 'down' ? { code: 'mixpanel_unreachable', cause: 'status 503', again: true } : { code: 'accepted' }
+      return state.bug === 'down' ? { code: 'mixpanel_unreachable', cause: 'status 503', isTransient: true } : { code: 'accepted' }
     }
   } as unknown as Mixpanel
   const { deliver, isOpen } = createDelivery(config, mixpanel, { debug () {}, info () {}, warn () {}, error () {} })

@@ -203,7 +203,7 @@ t.test('a bug that one identity meets is its own', async t => {
   }
   const { results } = (await relay.inject({ method: 'POST', url: '/identify/batch', payload: { identities: [identity(), identity({ identified_id: 'unlucky' }), identity()] } })).json()
   t.match(results, [{ status: 'accepted' }, { status: 'failed', problem: { status: 500, code: 'internal' } }, { status: 'accepted' }])
-  t.match(relay.logged().find(line => line.msg === 'bug'), { err: { message: 'a bug' } })
+  t.match(relay.logged().find(line => line.msg === 'unhandled error'), { err: { message: 'a bug' } })
 })
 
 t.test('long work gets its share of the event loop, together with all other long work', async t => {

@@ -2,23 +2,23 @@ import { mock } from 'node:test'
 import { t, type Test } from 'tap'
 import { createBreaker } from '../src/mixpanel/breaker.ts'
 import { readConfig } from '../src/config.ts'
-import type { Delivery, Item } from '../src/mixpanel/delivery.ts'
+import type { Delivery, OutgoingEvent } from '../src/mixpanel/delivery.ts'
 import { identifyEvent, parseEvent } from '../src/identity/event.ts'
-import { createDrain } from '../src/relay/forwarder.ts'
+import { createForwarder } from '../src/relay/forwarder.ts'
 import type { Entry, Outbox } from '../src/outbox/outbox.ts'
 import { backoffMs } from '../src/relay/pauses.ts'
-import { choose, finalReason, newPass } from '../src/relay/plan.ts'
-import { createSuspects } from '../src/relay/quarantine.ts'
+import { planRound, finalReason, createPass } from '../src/relay/plan.ts'
+import { createQuarantine } from '../src/relay/quarantine.ts'
 import type { Verdict } from '../src/identity/verdict.ts'
 import { identity } from './helper.ts'
 
-const down: Verdict = { code: 'mixpanel_unreachable', cause: 'status 503', again: true }
+const down: Verdict = { code: 'mixpanel_unreachable', cause: 'status 503', isTransient: true }
 const accepted: Verdict = { code: 'accepted' }
 
-const userOf = (event: Item['event']) => parseEvent(event).properties.$identified_id
+const userOf = (event: OutgoingEvent['event']) => parseEvent(event).properties.$identified_id
 
 /** A drain on a clock of the test's own, between an outbox in memory and a Mixpanel that `answer` plays. */
-function start (t: Test, count: number, answer: (items: Item[]) => Verdict[], env = {}, given: object[] = []) {
+function start (t: Test, count: number, answer: (items: OutgoingEvent[]) => Verdict[], env = {}, given: object[] = []) {
   mock.timers.enable({ apis: ['setTimeout', 'Date'], now: Date.now() })
   t.capture(performance, 'now', () => Date.now())
   t.teardown(() => mock.timers.reset())
@@ -46,7 +46,7 @@ function start (t: Test, count: number, answer: (items: Item[]) => Verdict[], en
     counts: () => ({ waiting: entries.length, dead: 0 })
   } as unknown as Outbox
   const delivery = {
-    async deliver (items: Item[]) {
+    async deliver (items: OutgoingEvent[]) {
       if (!breaker.admits()) return items.map(() => ({ code: 'mixpanel_unavailable', retryAfter: breaker.retryAfter() }))
       arrays.push(items.map(({ event }) => userOf(event)))
       asked.push(Date.now())
@@ -58,7 +58,7 @@ function start (t: Test, count: number, answer: (items: Item[]) => Verdict[], en
     isOpen: breaker.isOpen
   } as unknown as Delivery
   const say = (what: object, message: string) => { said.push(message) }
-  const drain = createDrain(readConfig({ MIXPANEL_TOKEN: 'x', ...env }, () => ''), outbox, delivery, { debug () {}, info: say, warn: say, error: say })
+  const drain = createForwarder(readConfig({ MIXPANEL_TOKEN: 'x', ...env }, () => ''), outbox, delivery, { debug () {}, info: say, warn: say, error: say })
   const turn = async () => { for (let count = 0; count < 50; count++) await new Promise(resolve => setImmediate(resolve)) }
   return {
     drain,
@@ -106,7 +106,7 @@ t.test('an outage: ever fewer probes, one every half minute at last, and nobody 
   mixpanel.isDown = false
   await pass(60)
   t.equal(waiting(), 0)
-  t.same(said, ['the outbox waits for Mixpanel', 'the outbox is drained again'])
+  t.same(said, ['outbox delivery paused', 'outbox delivery resumed'])
   await drain.stop()
 })
 
@@ -143,7 +143,7 @@ t.test('429: not before Mixpanel says; while others are taken it tries again aft
 
 t.test('those on which Mixpanel fails hold up nobody', async t => {
   const poisonous = new Set(['user-7', 'user-8', 'user-60', 'user-199'])
-  const isPoison = ({ event }: Item) => poisonous.has(userOf(event))
+  const isPoison = ({ event }: OutgoingEvent) => poisonous.has(userOf(event))
   const { arrays, pass, waiting, drain } = start(t, 300, items => items.map(() => items.some(isPoison) ? down : accepted))
   await pass(0)
   t.equal(waiting(), 150, 'the other arrays are not touched by it')
@@ -165,7 +165,7 @@ t.test('one that fails for ever delays nobody who comes later', async t => {
     await pass(1)
     t.equal(waiting(), 1)
   }
-  t.same(said.slice(0, 1), ['the outbox waits for Mixpanel'])
+  t.same(said.slice(0, 1), ['outbox delivery paused'])
   await drain.stop()
 })
 
@@ -174,7 +174,7 @@ t.test('one claim, many users: one at a time, in order, and nobody else waits fo
   const given = Array.from({ length: 900 }, (_, index) => index < 600
     ? { identified_id: `claimant-${Math.floor(index / 3)}`, anon_id: anon }
     : { identified_id: `user-${index}` })
-  const isClaimant = ({ event }: Item) => userOf(event).startsWith('claimant')
+  const isClaimant = ({ event }: OutgoingEvent) => userOf(event).startsWith('claimant')
   const { arrays, pass, waiting, drain } = start(t, 900, items => items.map(item => isClaimant(item) ? { code: 'refused_by_mixpanel' } : accepted), {}, given)
   await pass(5)
   t.equal(waiting(), 0)
@@ -232,7 +232,7 @@ t.test('the store fails: it waits, says so, and sends nothing twice', async t =>
   await pass(2)
   t.equal(waiting(), 0)
   t.same(arrays.map(array => array.length), [50, 50])
-  t.ok(said.includes('the outbox cannot be emptied'))
+  t.ok(said.includes('outbox delivery failed'))
   await drain.stop()
 })
 
@@ -261,10 +261,10 @@ t.test('MAX_BATCH=1 never merges; large events make small arrays; what is replay
   await single.pass(0)
   t.same(single.rounds.map(({ arrays }) => arrays.length), [6, 6, 6, 2])
   await single.drain.stop()
-  const none = createSuspects()
+  const none = createQuarantine()
   const entry = (text = '', more = {}): Entry => ({ id: '1', event: identifyEvent(identity({ properties: { text } }), 0), ...more })
   const large = Array.from({ length: 100 }, () => entry('x'.repeat(100_000)))
-  const sizes = (entries: Entry[]) => choose(entries, newPass(), none, readConfig({ MIXPANEL_TOKEN: 'x' }, () => '')).arrays.map(array => array.length)
+  const sizes = (entries: Entry[]) => planRound(entries, createPass(), none, readConfig({ MIXPANEL_TOKEN: 'x' }, () => '')).arrays.map(array => array.length)
   t.same(sizes(large), Array.from({ length: 6 }, () => 3))
   const mixed = [entry(), entry('', { endpoint: 'import' }), entry('', { endpoint: 'import' }), entry()]
   t.same(sizes(mixed), [1, 2, 1])
@@ -278,16 +278,16 @@ t.test('the backoff of Mixpanel\'s documentation', async t => {
 })
 
 t.test('a thousand suspects are remembered', async t => {
-  const suspects = createSuspects()
+  const suspects = createQuarantine()
   for (let count = 0; count < 1500; count++) suspects.failed(`claim ${count}`)
   t.equal(suspects.has('claim 499'), false)
   t.equal(suspects.has('claim 500'), true)
   suspects.failed('claim 500')
   suspects.failed('claim 1500')
   t.equal(suspects.has('claim 501'), false, 'the one on which it failed the longest ago is forgotten')
-  t.equal(suspects.isAside('claim 500'), true)
-  suspects.forgive()
-  t.equal(suspects.isAside('claim 500'), false)
+  t.equal(suspects.isPaused('claim 500'), true)
+  suspects.release()
+  t.equal(suspects.isPaused('claim 500'), false)
   t.equal(suspects.has('claim 500'), true)
   suspects.settled('claim 500')
   t.equal(suspects.has('claim 500'), false)

@@ -145,9 +145,9 @@ t.test('one log line a request: no ids, no query, no health checks', async t => 
   await inject({ url: '/readyz?verbose' })
   await inject({ url: '/nope?secret=CANARY' })
   t.match(logged().filter(line => line.level === 30), [
-    { msg: 'answered', method: 'POST', route: '/identify', status: 400, code: 'invalid_request', ms: Number, caller: 'anonymous' },
-    { msg: 'answered', method: 'POST', route: '/identify', status: 200, request_id: String, insert_id: String },
-    { msg: 'answered', method: 'GET', route: null, status: 404, code: 'not_found' }
+    { msg: 'request completed', method: 'POST', route: '/identify', status: 400, code: 'invalid_request', ms: Number, caller: 'anonymous' },
+    { msg: 'request completed', method: 'POST', route: '/identify', status: 200, request_id: String, insert_id: String },
+    { msg: 'request completed', method: 'GET', route: null, status: 404, code: 'not_found' }
   ])
   t.notMatch(lines.join(''), /alice|CANARY|secret/)
 })
@@ -200,7 +200,7 @@ t.test('health, readiness and the end', async t => {
   await post(identity())
   t.match((await inject({ url: '/readyz?verbose' })), { statusCode: 200 }, 'never depends on Mixpanel')
   t.match((await inject({ url: '/readyz?verbose' })).json(), { parts: { last_verdict: { code: 'mixpanel_rejected_credentials', at: String } } })
-  app.drain()
+  app.beginShutdown()
   t.match(await inject({ url: '/readyz' }), { statusCode: 503, body: '{"status":"draining"}', headers: { connection: 'close' } })
   t.equal((await inject({ url: '/livez' })).statusCode, 200)
   t.match(await post(identity()), { statusCode: 200, headers: { connection: 'close' } }, 'still served')
@@ -238,7 +238,7 @@ t.test('bugs say nothing about the inside', async t => {
   const answer = await inject({ url: '/bug' })
   t.match(answer.json(), { status: 500, code: 'internal', retryable: false })
   t.notMatch(answer.body, /the inside/)
-  t.match(logged().find(line => line.msg === 'bug'), { level: 50, err: { message: 'the inside' }, request_id: answer.json().request_id })
+  t.match(logged().find(line => line.msg === 'unhandled error'), { level: 50, err: { message: 'the inside' }, request_id: answer.json().request_id })
 })
 
 t.test('the document and the page to try it', async t => {

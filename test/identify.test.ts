@@ -182,7 +182,7 @@ t.test('what Mixpanel answers decides the status', async t => {
     t.equal(sandbox.requests.length, requests, `${fault}: requests`)
     const bodies = new Set(sandbox.requests.map(({ body }) => body))
     t.equal(bodies.size, 1, `${fault}: the very same bytes`)
-    t.match(logged().at(-1), { msg: 'answered', status, code, insert_id: String }, fault)
+    t.match(logged().at(-1), { msg: 'request completed', status, code, insert_id: String }, fault)
   }
 })
 

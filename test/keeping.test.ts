@@ -2,10 +2,10 @@ import { randomUUID } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
 import { identifyEvent, parseEvent } from '../src/identity/event.ts'
-import { operate } from '../src/commands/admin.ts'
-import { createOrder } from '../src/concurrency/keyed-mutex.ts'
+import { runAdminCommand } from '../src/commands/admin.ts'
+import { createKeyedMutex } from '../src/concurrency/keyed-mutex.ts'
 import { identity, startRelay } from './helper.ts'
-import { brokenPromises, type Call } from './ledger.ts'
+import { violations, type Call } from './delivery-check.ts'
 
 type Relay = Awaited<ReturnType<typeof startRelay>>
 
@@ -20,7 +20,7 @@ async function emptied ({ outbox }: Relay) {
 
 async function lines (relay: Relay, ...order: string[]): Promise<string[]> {
   let text = ''
-  for await (const chunk of operate(relay.outbox, relay.config, order)) text += chunk
+  for await (const chunk of runAdminCommand(relay.outbox, relay.config, order)) text += chunk
   return text.split('\n').filter(line => line !== '')
 }
 
@@ -54,7 +54,7 @@ t.test('every failure that may pass is kept; what Mixpanel refuses, or its crede
   ] as const) {
     relay.sandbox.faults.add({ name, times: 1000 })
     t.equal((await relay.post(identity())).statusCode, status, name)
-    if (cause !== undefined) t.equal(relay.logged().filter(line => line.msg === 'answered').at(-1)?.cause, cause)
+    if (cause !== undefined) t.equal(relay.logged().filter(line => line.msg === 'request completed').at(-1)?.cause, cause)
     relay.sandbox.faults.clear()
   }
 })
@@ -112,7 +112,7 @@ t.test('the first claim of an anonymous id stays the first', async t => {
   const arrived = relay.sandbox.ledger.rows().map(row => row.properties.$identified_id)
   t.equal(arrived[0], 'first')
   t.same(new Set(arrived), new Set(['first', 'second', 'third', 'fourth']))
-  t.same(brokenPromises(calls, relay.sandbox.ledger.rows()), [])
+  t.same(violations(calls, relay.sandbox.ledger.rows()), [])
   const requests = relay.sandbox.requests.filter(({ body }) => body.includes('first'))
   t.ok(requests.every(({ body }) => body.split('%22%24anon_id').length <= 2), 'nobody in one array with it')
 })
@@ -139,7 +139,7 @@ t.test('dead letters: refused, too old, too large; operators list, replay and dr
   const [refused, large] = [identity(), identity()]
   for (const one of [refused, large]) await relay.post(one)
   const old = identifyEvent(identity(), Date.now() - 5 * DAY)
-  t.ok(await relay.outbox.put(old))
+  t.equal(await relay.outbox.put(old), 'stored')
   const waiting = (await lines(relay, 'list')).map(line => JSON.parse(line))
   t.match(waiting, [{ identified_id: refused.identified_id, anon_id: refused.anon_id }, { identified_id: large.identified_id }, { accepted: /^20/ }])
   relay.sandbox.faults.clear()
@@ -148,7 +148,7 @@ t.test('dead letters: refused, too old, too large; operators list, replay and dr
   const dead = (await lines(relay, 'dead')).map(line => JSON.parse(line))
   t.same(dead.map(letter => letter.reason).sort(), ['event, invalid', 'event, invalid', 'older than 4.5 days'].sort())
   t.same(await lines(relay, 'drop', '0'), ['0 dropped.', '1 unknown: see outbox dead.'])
-  t.ok(relay.logged().some(line => line.level === 40 && line.msg === 'cannot be delivered: dead letters'))
+  t.ok(relay.logged().some(line => line.level === 40 && line.msg === 'identities dead-lettered'))
   relay.sandbox.faults.clear()
 
   const letterOf = (insertId: string) => dead.find(letter => letter.insert_id === insertId)
@@ -194,15 +194,15 @@ t.test('a lone one that is too large dies; a replay whose credentials are reject
 
 t.test('a full outbox, or one out of reach: 503 at once; but never where Mixpanel may have it', async t => {
   const relay = await keeping(t, { MAX_IN_FLIGHT: '3', DEADLINE_MS: '500' })
-  for (const [isKept, detail] of [
-    [false, /^The outbox is full, or cannot write: it was not kept/], [undefined, /^The outbox did not answer in time, and may have kept it/]
+  for (const [result, detail] of [
+    ['rejected', /^The outbox is full, or cannot write: it was not kept/], ['unknown', /^The outbox did not answer in time, and may have kept it/]
   ] as const) {
-    relay.outbox.put = async () => isKept
+    relay.outbox.put = async () => result
     const answer = await relay.post(identity(), { headers: { prefer: 'respond-async' } })
     t.match(answer.json(), { status: 503, code: 'overloaded', retryable: true, detail })
     t.equal(answer.headers['retry-after'], '1')
   }
-  relay.outbox.put = async () => false
+  relay.outbox.put = async () => 'rejected'
   for (const [name, status, code] of [
     ['rate_limited', 503, 'overloaded'], ['edge_down', 502, 'mixpanel_unreachable'], ['reset', 502, 'mixpanel_unreachable'], ['hang', 504, 'mixpanel_timed_out']
   ] as const) {
@@ -216,9 +216,9 @@ t.test('a full outbox, or one out of reach: 503 at once; but never where Mixpane
   t.match((await relay.post(identity())).json(), { status: 503, code: 'overloaded' }, 'nobody listens: it cannot have it')
   relay.sandbox.app.server.listen(Number(new URL(relay.sandbox.url).port), '127.0.0.1')
   while ((await relay.post(identity())).statusCode !== 200) await sleep(50)
-  relay.outbox.holds = async () => undefined
+  relay.outbox.has = async () => 'unknown'
   t.match((await relay.post(identity())).json(), { status: 503, code: 'overloaded', detail: /out of reach/ })
-  relay.outbox.holds = async () => false
+  relay.outbox.has = async () => 'no'
   relay.sandbox.faults.add({ name: 'wait', ms: 300, times: 10 })
   const answers = await Promise.all(Array.from({ length: 5 }, () => relay.post(identity())))
   t.same(answers.map(({ statusCode }) => statusCode), [200, 200, 200, 503, 503])
@@ -230,14 +230,14 @@ t.test('time is up: whoever still waits for Mixpanel is kept', async t => {
   const anon = randomUUID()
   const waiting = Promise.all(Array.from({ length: 20 }, (_, index) => relay.post(identity(index < 3 ? { anon_id: anon } : {}))))
   await sleep(200)
-  relay.relay.hurry()
+  relay.relay.stopWaiting()
   t.not(await Promise.race([waiting, sleep(2000, 'late')]), 'late', 'Mixpanel is not waited for')
   t.same(new Set((await waiting).map(({ statusCode }) => statusCode)), new Set([202]))
   t.equal(relay.outbox.counts().waiting, 20)
-  relay.outbox.put = async () => false
+  relay.outbox.put = async () => 'rejected'
   t.match((await relay.post(identity())).json(), { status: 503, code: 'overloaded' }, 'nor by those who come later')
   const off = await startRelay(t)
-  off.relay.hurry()
+  off.relay.stopWaiting()
 })
 
 t.test('a claim is one anonymous id, however it is written', async t => {
@@ -247,7 +247,7 @@ t.test('a claim is one anonymous id, however it is written', async t => {
 })
 
 t.test('the order: one of each claim at a time, and a bug is told to its own caller alone', async t => {
-  const order = createOrder<string>(result => result === 'taken')
+  const order = createKeyedMutex<string>(result => result === 'taken')
   await order.idle()
   const log: string[] = []
   const work = (name: string, result: string, ms = 20) => async () => {
@@ -260,7 +260,7 @@ t.test('the order: one of each claim at a time, and a bug is told to its own cal
   const bug = order.run('x', work('a', 'bug'))
   const rest = [order.run('x', work('b', 'no')), order.run('x', work('c', 'taken')), order.run('x', work('d', 'no')), order.run('x', work('e', 'no'))]
   const other = order.run('y', work('z', 'no', 1))
-  t.equal(order.waiting(), 6)
+  t.equal(order.inFlight(), 6)
   await t.rejects(bug, { message: 'a bug' })
   await order.idle()
   t.same(await Promise.all([...rest, other]), ['no', 'taken', 'no', 'no', 'no'])

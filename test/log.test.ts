@@ -3,7 +3,7 @@ import { join } from 'node:path'
 import { Writable } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t, type Test } from 'tap'
-import { createDestination, fileSink, streamSink, throttled, type Sink } from '../src/log.ts'
+import { createDestination, fileSink, streamSink, throttledError, type Sink } from '../src/log.ts'
 import { temporary } from './helper.ts'
 
 /** A sink that a test stalls and breaks. */
@@ -111,7 +111,7 @@ t.test('a stream whose reader is gone ends nothing', async t => {
 
 t.test('what happens to many is said once in a while', async (t: Test) => {
   const said: string[] = []
-  const say = throttled((what, message) => { said.push(message) }, 50)
+  const say = throttledError((what, message) => { said.push(message) }, 50)
   for (const message of ['a', 'b']) say({}, message)
   await sleep(60)
   say({}, 'c')

@@ -3,9 +3,9 @@ import { rmSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import Database from 'libsql'
 import { t } from 'tap'
-import { createCallers } from './callers.ts'
+import { createCallers } from './load.ts'
 import { identity, leaks, needsRedis, startProcess, startRedis, startSandbox, temporary, TOKEN, type Env } from './helper.ts'
-import { brokenPromises, type Call } from './ledger.ts'
+import { violations, type Call } from './delivery-check.ts'
 import type { Row } from '../src/sandbox/ledger.ts'
 import { killed, SERVER, startServer } from './scenarios.ts'
 
@@ -17,20 +17,20 @@ t.test('the check sees what it is there to see', async t => {
   const row = (id: string, anon: string, more: object = {}): Row => ({
     endpoint: 'track', event: '$identify', outcome: 'merged', properties: { a: 1, distinct_id: id, $identified_id: id, $anon_id: anon, time: 1, $insert_id: `${id}-${anon}`, ...more }
   })
-  t.same(brokenPromises([call('u', 'x', 200), call('v', 'y', 202), call('w', 'z', 503), call('k', 'k')], [row('v', 'y'), row('u', 'x')]), [])
-  t.match(brokenPromises([call('u', 'x', 202)], []), [/^u was told 202 and is lost$/])
-  t.same(brokenPromises([call('u', 'x', 202)], [], { dead: ['u'] }), [])
-  for (const status of [400, 422, 429, 503]) t.match(brokenPromises([call('u', 'x', status)], [row('u', 'x')]), [/has arrived$/])
-  t.same(brokenPromises([call('u', 'x', 503)], [row('u', 'x')], { doubtful: 1 }), [])
-  t.same(brokenPromises([call('u', 'x', 504)], [row('u', 'x')]), [])
-  t.match(brokenPromises([call('u', 'x', 200)], [row('u', 'x', { a: 2 })]), [/^u arrived as/])
-  t.match(brokenPromises([call('u', 'x', 200)], [row('u', 'x', { more: 1 })]), [/^u arrived as/])
-  t.match(brokenPromises([call('u', 'x', 200)], [row('u', 'x'), row('u', 'x')]), [/^1 arrived once more, 0 were allowed$/])
-  t.same(brokenPromises([call('u', 'x', 200)], [row('u', 'x'), row('u', 'x')], { repeats: 1 }), [])
-  t.match(brokenPromises([call('u', 'x', 200)], [row('u', 'x'), row('u', 'x', { time: 2 })], { repeats: 1 }), [/two forms/])
-  t.match(brokenPromises([call('u', 'x', 202), call('v', 'x', 200)], [row('v', 'x'), row('u', 'x')]), [/^u claimed x first, but v arrived first$/])
-  t.same(brokenPromises([call('u', 'x'), call('v', 'x', 200)], [row('u', 'x'), row('v', 'x')]), [])
-  t.match(brokenPromises([], [row('u', 'x')]), [/nobody sent it/])
+  t.same(violations([call('u', 'x', 200), call('v', 'y', 202), call('w', 'z', 503), call('k', 'k')], [row('v', 'y'), row('u', 'x')]), [])
+  t.match(violations([call('u', 'x', 202)], []), [/^u was told 202 and is lost$/])
+  t.same(violations([call('u', 'x', 202)], [], { dead: ['u'] }), [])
+  for (const status of [400, 422, 429, 503]) t.match(violations([call('u', 'x', status)], [row('u', 'x')]), [/has arrived$/])
+  t.same(violations([call('u', 'x', 503)], [row('u', 'x')], { doubtful: 1 }), [])
+  t.same(violations([call('u', 'x', 504)], [row('u', 'x')]), [])
+  t.match(violations([call('u', 'x', 200)], [row('u', 'x', { a: 2 })]), [/^u arrived as/])
+  t.match(violations([call('u', 'x', 200)], [row('u', 'x', { more: 1 })]), [/^u arrived as/])
+  t.match(violations([call('u', 'x', 200)], [row('u', 'x'), row('u', 'x')]), [/^1 arrived once more, 0 were allowed$/])
+  t.same(violations([call('u', 'x', 200)], [row('u', 'x'), row('u', 'x')], { repeats: 1 }), [])
+  t.match(violations([call('u', 'x', 200)], [row('u', 'x'), row('u', 'x', { time: 2 })], { repeats: 1 }), [/two forms/])
+  t.match(violations([call('u', 'x', 202), call('v', 'x', 200)], [row('v', 'x'), row('u', 'x')]), [/^u claimed x first, but v arrived first$/])
+  t.same(violations([call('u', 'x'), call('v', 'x', 200)], [row('u', 'x'), row('v', 'x')]), [])
+  t.match(violations([], [row('u', 'x')]), [/nobody sent it/])
 })
 
 t.test('killed in the middle of an outage, three times: who was told 202 arrives', async t => {
@@ -74,7 +74,7 @@ t.test('one process a directory; operators are answered by the one that has it',
   sandbox.faults.clear()
   await next.drained()
   t.equal(await next.kill('SIGTERM'), 0)
-  t.same(brokenPromises(callers.calls, sandbox.ledger.rows(), { repeats: 400 }), [])
+  t.same(violations(callers.calls, sandbox.ledger.rows(), { repeats: 400 }), [])
 })
 
 t.test('a relay that cannot make its socket, and operators whom nobody answers', async t => {
@@ -127,7 +127,7 @@ t.test('while another program has the file locked: 503 where nothing was kept or
   t.equal(await callers.call(), 202)
   sandbox.faults.clear()
   await server.drained()
-  t.same(brokenPromises(callers.calls, sandbox.ledger.rows(), { repeats: 1 }), [])
+  t.same(violations(callers.calls, sandbox.ledger.rows(), { repeats: 1 }), [])
   t.equal(await server.kill('SIGTERM'), 0)
 })
 
@@ -203,7 +203,7 @@ t.test('Redis: two relays share outbox and limits; killed, stopped, and back', n
   await one.until(/a 202 survives the loss of power at Redis/)
   await one.drained()
   for (const server of relays) t.equal(await server.kill('SIGTERM'), 0)
-  t.same(brokenPromises([...callers.calls, ...elsewhere.calls], sandbox.ledger.rows(), { repeats: 20, doubtful: 21 }), [])
+  t.same(violations([...callers.calls, ...elsewhere.calls], sandbox.ledger.rows(), { repeats: 20, doubtful: 21 }), [])
   for (const server of relays) t.same(leaks(server.output()), [])
 
   const limited = await Promise.all([0, 1].map(() => startServer(t, sandbox.url, { REDIS_URL: `${redis.url}/1`, RATE_LIMIT_MAX: '6' })))

@@ -90,7 +90,7 @@ t.test('a process that gets no time while it should serve: who came meanwhile is
   })).status
   await Promise.all(Array.from({ length: 10 }, post))
   child.kill('SIGTERM')
-  await until(/"draining"/)
+  await until(/"shutdown started"/)
   child.kill('SIGSTOP')
   // On the connections that are open, and on new ones.
   const waiting = Promise.all(Array.from({ length: 30 }, post))
@@ -133,7 +133,7 @@ t.test('a bug outside of requests is logged and ends the process in order', asyn
   const { exit, output, post } = await startServer(t, { NODE_OPTIONS: `--import=${encodeURI(throwing)}` }, { mayBreak: true })
   t.equal((await post()).status, 200)
   t.equal(await exit, 1)
-  t.match(output(), /"level":60,.*from nowhere.*"msg":"bug"/)
+  t.match(output(), /"level":60,.*from nowhere.*"msg":"unhandled error"/)
 })
 
 t.test('the address is taken: exit 1 with a sentence', async t => {
@@ -235,7 +235,7 @@ t.test('npm start: when npm ends, or is killed, the relay drains and exits', asy
     const started = performance.now()
     while (await alive() && performance.now() - started < 10_000) await sleep(100)
     t.ok(performance.now() - started < 5000, signal)
-    t.match(output, /"draining"/)
+    t.match(output, /"shutdown started"/)
   }
 })
 

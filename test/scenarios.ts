@@ -6,9 +6,9 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import type { Test } from 'tap'
 import { Pool } from 'undici'
 import { FAULTS, LATE_FAULTS, type Fault } from '../src/sandbox/faults.ts'
-import { createCallers } from './callers.ts'
+import { createCallers } from './load.ts'
 import { startProcess, startSandbox, temporary, TOKEN, type Env } from './helper.ts'
-import { brokenPromises } from './ledger.ts'
+import { violations } from './delivery-check.ts'
 
 export const SERVER = 'dist/server.js'
 
@@ -66,7 +66,7 @@ export async function killed (t: Test, { rounds, writers, isFlapping = false, en
   const server = await startServer(t, sandbox.url, settings)
   await server.drained()
   const exit = await server.kill('SIGTERM')
-  return { told: callers.told(), exit, broken: brokenPromises(callers.calls, sandbox.ledger.rows(), { repeats: kills * (400 + writers) }) }
+  return { told: callers.told(), exit, broken: violations(callers.calls, sandbox.ledger.rows(), { repeats: kills * (400 + writers) }) }
 }
 
 /** The identified ids of the dead letters, as an operator sees them. */
@@ -101,7 +101,7 @@ export async function everyFault (t: Test, { requests }: { requests: number }) {
   // What was kept may have met one of the refusing faults on its way out.
   const dead = await deadLetters(t, env)
   t.equal(await server.kill('SIGTERM'), 0)
-  return { told, broken: brokenPromises(callers.calls, sandbox.ledger.rows(), { repeats: callers.calls.length, dead }) }
+  return { told, broken: violations(callers.calls, sandbox.ledger.rows(), { repeats: callers.calls.length, dead }) }
 }
 
 /** A balancer that asks /readyz four times a second, and sends each request to the next one that is ready. */

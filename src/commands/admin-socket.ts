@@ -3,7 +3,7 @@ import { chmodSync, rmSync } from 'node:fs'
 import { createServer, request, type IncomingMessage } from 'node:http'
 import { join } from 'node:path'
 import { text } from 'node:stream/consumers'
-import { OrderError } from './admin.ts'
+import { UsageError } from './admin.ts'
 
 /** The shortest limit of the systems that Node runs on. */
 const MAX_PATH = 103
@@ -15,7 +15,7 @@ const MAX_PATH = 103
 function socketIn (directory: string): string {
   const path = join(directory, 'operators.sock')
   // Node cuts a longer path off, and the socket would be somewhere else, open to others.
-  if (Buffer.byteLength(path) > MAX_PATH) throw new OrderError(`${path} is too long for a socket: stop the relay.`)
+  if (Buffer.byteLength(path) > MAX_PATH) throw new UsageError(`${path} is too long for a socket: stop the relay.`)
   return path
 }
 
@@ -23,15 +23,15 @@ function socketIn (directory: string): string {
  * Lets operators' processes give orders to this one; `carryOut` yields what to print. Resolves with a function that
  * ends it; rejects when there can be no socket.
  */
-export async function takeOrders (
-  directory: string, carryOut: (order: string[]) => AsyncIterable<string>
+export async function serveAdminSocket (
+  directory: string, run: (order: string[]) => AsyncIterable<string>
 ): Promise<() => void> {
   // A process that was killed leaves its socket behind, and we have the directory's lock.
   rmSync(socketIn(directory), { force: true })
   const server = createServer(async (order, answer) => {
     const closed = once(answer, 'close')
     try {
-      for await (const chunk of carryOut(JSON.parse(await text(order)))) {
+      for await (const chunk of run(JSON.parse(await text(order)))) {
         if (!answer.write(chunk)) await Promise.race([closed, once(answer, 'drain')])
         if (answer.destroyed) return
       }
@@ -51,12 +51,12 @@ export async function takeOrders (
 }
 
 /** What the process that has the directory answers to an order. Throws OrderError, also when there is no answer. */
-export async function * giveOrder (directory: string, order: string[]): AsyncGenerator<string> {
+export async function * callAdminSocket (directory: string, order: string[]): AsyncGenerator<string> {
   const asked = request({ socketPath: socketIn(directory), method: 'POST' }).end(JSON.stringify(order))
   const [answer] = await once(asked, 'response').catch((error: NodeJS.ErrnoException) => {
-    throw new OrderError(`The process that uses ${directory} does not take orders (${error.code}): stop it first.`)
+    throw new UsageError(`The process that uses ${directory} does not take orders (${error.code}): stop it first.`)
   }) as [IncomingMessage]
   answer.setEncoding('utf8')
-  if (answer.statusCode !== 200) throw new OrderError(await text(answer))
+  if (answer.statusCode !== 200) throw new UsageError(await text(answer))
   yield * answer
 }

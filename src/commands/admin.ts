@@ -8,8 +8,8 @@ import { isTooOld } from '../relay/plan.ts'
 const PAGE = 500
 
 /** A mistake of the operator's; `message` is a sentence for him. */
-export class OrderError extends Error {
-  override readonly name = 'OrderError'
+export class UsageError extends Error {
+  override readonly name = 'UsageError'
 }
 
 /**
@@ -17,14 +17,14 @@ export class OrderError extends Error {
  * what is dead, oldest first, as JSON. `['replay', …]` and `['drop', …]` with ids or `all`: dead letters wait again, by
  * `/import` where they are too old for `/track`, or are forgotten. Throws OrderError before it has done anything.
  */
-export async function * operate (outbox: Outbox, config: Config, order: string[]): AsyncGenerator<string> {
-  const [action = '', ...words] = order
+export async function * runAdminCommand (outbox: Outbox, config: Config, args: string[]): AsyncGenerator<string> {
+  const [action = '', ...words] = args
   const ids = words.map(word => word === '--all' ? 'all' : word)
   const takesIds = action === 'replay' || action === 'drop'
-  if (!takesIds && action !== 'list' && action !== 'dead') throw new OrderError('outbox: list, dead, replay or drop?')
-  if (takesIds && ids.length === 0) throw new OrderError(`outbox ${action} takes ids, or all.`)
-  if (ids.length > 1 && ids.includes('all')) throw new OrderError(`outbox ${action} takes ids, or all, not both.`)
-  if (!takesIds && ids.length > 0) throw new OrderError(`outbox ${action} takes no ids.`)
+  if (!takesIds && action !== 'list' && action !== 'dead') throw new UsageError('outbox: list, dead, replay or drop?')
+  if (takesIds && ids.length === 0) throw new UsageError(`outbox ${action} takes ids, or all.`)
+  if (ids.length > 1 && ids.includes('all')) throw new UsageError(`outbox ${action} takes ids, or all, not both.`)
+  if (!takesIds && ids.length > 0) throw new UsageError(`outbox ${action} takes no ids.`)
   if (!takesIds) return yield * lines(action === 'list' ? outbox.waiting : outbox.dead)
 
   let changed = 0

@@ -6,8 +6,8 @@ import { buildApp } from '../http/app.ts'
 import { baseUrl, createMixpanel } from '../mixpanel/client.ts'
 import { directoryOf, openConnection, openOutbox } from '../outbox/open.ts'
 import { createRelay } from '../relay/relay.ts'
-import { operate } from './admin.ts'
-import { takeOrders } from './admin-socket.ts'
+import { runAdminCommand } from './admin.ts'
+import { serveAdminSocket } from './admin-socket.ts'
 
 /** With Node's 511 a burst of a thousand new connections waits a second for TCP to try again. */
 const BACKLOG = 4096
@@ -42,30 +42,32 @@ export function parentOf (read: () => string): string {
 }
 
 /** Loaded when it is first asked for, and made once. */
-let description: Promise<{ document: object, yaml: string }> | undefined
-export const describe = (config: Config) =>
-  (description ??= import('../http/openapi.ts').then(({ openapi }) => openapi(config)))
+let document: Promise<{ document: object, yaml: string }> | undefined
+export const openapiDocument = (config: Config) =>
+  (document ??= import('../http/openapi.ts').then(({ openapi }) => openapi(config)))
 
 /**
  * Starts the relay; resolves when it listens, and from then on a signal ends the process in order: at the latest after
  * SHUTDOWN_DELAY_MS + SHUTDOWN_TIMEOUT_MS + 3 s, at a second signal at once. Rejects with a sentence where it cannot
  * start. `openFiles` is how many files the process may have open. `end` does what a first signal does.
  */
-export async function serve (given: Config, logger: Logger, openFiles = Infinity): Promise<{ end: () => void }> {
-  const config = { ...given, MAX_CONNECTIONS: Math.max(1, Math.min(given.MAX_CONNECTIONS, openFiles - OTHER_FILES)) }
-  if (config.MAX_CONNECTIONS < given.MAX_CONNECTIONS) {
-    const { MAX_CONNECTIONS: connections } = config
+export async function serve (requested: Config, logger: Logger, openFiles = Infinity): Promise<{ end: () => void }> {
+  const connections = Math.max(1, Math.min(requested.MAX_CONNECTIONS, openFiles - OTHER_FILES))
+  const config = { ...requested, MAX_CONNECTIONS: connections }
+  if (connections < requested.MAX_CONNECTIONS) {
     logger.warn({ connections, open_files: openFiles }, 'fewer connections than MAX_CONNECTIONS: raise the file limit')
   }
   const redis = await openConnection(config, logger)
   const outbox = await openOutbox(config, redis, logger)
   const directory = directoryOf(config)
-  const endOrders = directory === undefined || outbox === undefined
+  const closeAdminSocket = directory === undefined || outbox === undefined
     ? undefined
-    : await takeOrders(directory, order => operate(outbox, config, order)).catch(({ message }) =>
+    : await serveAdminSocket(directory, order => runAdminCommand(outbox, config, order)).catch(({ message }) =>
       logger.warn({ cause: message }, 'no socket in the outbox directory: its commands need the relay to be stopped'))
   const relay = createRelay(config, createMixpanel(config), logger, outbox)
-  const app = await buildApp(config, { relay, redis, logger, document: async () => (await describe(config)).document })
+  const app = await buildApp(config, {
+    relay, redis, logger, document: async () => (await openapiDocument(config)).document
+  })
   const mixpanel = baseUrl(config)
   if (isLoopback(config.HOST)) logger.warn('anyone on this machine may identify anyone: no credentials are configured')
   else logger.warn('ALLOW_ANONYMOUS: anyone who reaches this address may identify anyone')
@@ -77,12 +79,12 @@ export async function serve (given: Config, logger: Logger, openFiles = Infinity
 
   const delay = config.SHUTDOWN_DELAY_MS + config.SHUTDOWN_TIMEOUT_MS + CLOSING_MS
   const { close } = closeWithGrace({ delay, logger, skip: ['beforeExit', 'SIGHUP'] }, async ({ signal, err }) => {
-    if (err) logger.fatal({ err }, 'bug')
-    else logger.info({ signal }, 'draining')
-    app.drain()
+    if (err) logger.fatal({ err }, 'unhandled error')
+    else logger.info({ signal }, 'shutdown started')
+    app.beginShutdown()
     await sleep(config.SHUTDOWN_DELAY_MS)
-    setTimeout(relay.hurry, config.SHUTDOWN_TIMEOUT_MS * 0.8).unref()
-    endOrders?.()
+    setTimeout(relay.stopWaiting, config.SHUTDOWN_TIMEOUT_MS * 0.8).unref()
+    closeAdminSocket?.()
     await app.close()
     redis?.disconnect()
   })

@@ -1,4 +1,4 @@
-import { createCount } from './in-flight.ts'
+import { createInFlight } from './in-flight.ts'
 
 export interface BatcherOptions<Item, Result> {
   /** Sends 1 to `maxBatch` items; resolves with a result for each, in order. A rejection reaches every caller. */
@@ -48,7 +48,7 @@ export function createBatcher<Item, Result> ({
   maxSends = Infinity, maxItems = Infinity, late, isAlone = () => false
 }: BatcherOptions<Item, Result>) {
   const queue: Entry<Item, Result>[] = []
-  const items = createCount()
+  const items = createInFlight()
   let queuedBytes = 0
   let sentBytes = 0
   let sends = 0
@@ -107,7 +107,7 @@ export function createBatcher<Item, Result> ({
     }
     sends--
     sentBytes -= bytes
-    items.down(batch.length)
+    items.end(batch.length)
     if (!isScheduled && mayLeave()) schedule()
   }
 
@@ -123,7 +123,7 @@ export function createBatcher<Item, Result> ({
     while (queue[0] !== undefined && queue[0].since + afterMs <= performance.now()) {
       const [entry] = queue.splice(0, 1) as [Entry<Item, Result>]
       queuedBytes -= entry.bytes
-      items.down()
+      items.end()
       entry.resolve(result)
     }
     watch()
@@ -132,8 +132,8 @@ export function createBatcher<Item, Result> ({
   return {
     /** The item's own result; undefined, at once, where `maxItems` wait already. */
     add (item: Item): Promise<Result> | undefined {
-      if (items.now() >= maxItems) return undefined
-      items.up()
+      if (items.count() >= maxItems) return undefined
+      items.begin()
       return new Promise((resolve, reject) => {
         const bytes = bytesOf(item)
         queuedBytes += bytes
@@ -144,7 +144,7 @@ export function createBatcher<Item, Result> ({
       })
     },
     /** How many items wait, those being sent included. */
-    waiting: items.now,
+    inFlight: items.count,
     /** Resolves when no item waits any more. */
     idle: items.idle
   }

@@ -1,12 +1,12 @@
 /** Counts what is under way, and tells when nothing is. */
-export function createCount () {
+export function createInFlight () {
   const idlers: (() => void)[] = []
   let count = 0
 
   return {
-    now: () => count,
-    up: () => { count++ },
-    down (by = 1): void {
+    count: () => count,
+    begin: () => { count++ },
+    end (by = 1): void {
       count -= by
       if (count === 0) for (const resolve of idlers.splice(0)) resolve()
     },

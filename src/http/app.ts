@@ -2,21 +2,21 @@ import Fastify, { type FastifyInstance } from 'fastify'
 import type { Logger } from 'pino'
 import { createSlices } from '../concurrency/slices.ts'
 import { isLoopback, type Config } from '../config.ts'
-import { throttled } from '../log.ts'
+import { throttledError } from '../log.ts'
 import type { Redis } from '../redis.ts'
 import type { Relay } from '../relay/relay.ts'
 import { createBodies } from './body.ts'
 import { createConnections } from './connections.ts'
 import { framing } from './plugins/framing.ts'
 import { corsHeaders, origins } from './plugins/origins.ts'
-import { answerBadUrl, answerClientError, problems } from './plugins/problems.ts'
-import { limits } from './plugins/rate-limit.ts'
-import { requestId, requests } from './plugins/request-log.ts'
-import { draining } from './plugins/shutdown.ts'
+import { handleFrameworkError, handleClientError, problems } from './plugins/problems.ts'
+import { rateLimits } from './plugins/rate-limit.ts'
+import { requestId, requestLog } from './plugins/request-log.ts'
+import { shutdown } from './plugins/shutdown.ts'
 import { Problem } from './problem.ts'
 import { batch } from './routes/batch.ts'
 import { docs } from './routes/docs.ts'
-import { operations } from './routes/health.ts'
+import { health } from './routes/health.ts'
 import { identify } from './routes/identify.ts'
 
 /** So much of one turn of the event loop may be spent on large bodies, all of them together. */
@@ -48,11 +48,11 @@ export interface Dependencies {
  * Returns the app, not yet listening; `app.close()` lets requests in flight finish and then closes the relay.
  */
 export async function buildApp (config: Config, { relay, redis, logger, document, prepare }: Dependencies) {
-  const complain = throttled((what, message) => logger.error(what, message), COMPLAINT_MS)
+  const logError = throttledError((what, message) => logger.error(what, message), COMPLAINT_MS)
   const connections = createConnections({
     config,
     charge: (address, count) => app.charge(address, count),
-    onError: ({ message }) => complain({ cause: message }, 'connections cannot be accepted')
+    onError: ({ message }) => logError({ cause: message }, 'accepting connections failed')
   })
   const app: FastifyInstance = Fastify({
     serverFactory: connections.serverFactory,
@@ -61,8 +61,8 @@ export async function buildApp (config: Config, { relay, redis, logger, document
     trustProxy: config.TRUST_PROXY.length > 0 ? config.TRUST_PROXY : false,
     // plugins/shutdown answers instead, with a problem.
     return503OnClosing: false,
-    clientErrorHandler: answerClientError(logger, connections),
-    frameworkErrors: answerBadUrl(logger),
+    clientErrorHandler: handleClientError(logger, connections),
+    frameworkErrors: handleFrameworkError(logger),
     ajv: {
       // Refuse, never coerce or drop; `verbose` leads from an error to the description of the rule.
       customOptions: { coerceTypes: false, removeAdditional: false, useDefaults: false, allErrors: true, verbose: true }
@@ -72,12 +72,12 @@ export async function buildApp (config: Config, { relay, redis, logger, document
   const methods = collectMethods(app)
 
   // Fastify itself logs nothing: two lines for each request would cost as much as all the rest of it.
-  await app.register(requests, { logger })
+  await app.register(requestLog, { logger })
   await app.register(problems, { logger })
   await app.register(corsHeaders, { config })
-  await app.register(limits, { config, redis, log: logger })
+  await app.register(rateLimits, { config, redis, log: logger })
   await app.register(origins, { config })
-  await app.register(draining, { relay })
+  await app.register(shutdown, { relay })
   await app.register(framing)
   await app.register(connections.hooks)
   await prepare?.(app)
@@ -95,7 +95,7 @@ export async function buildApp (config: Config, { relay, redis, logger, document
 
   const bodies = createBodies({ config, spend: connections.spend })
   const parts = () => ({ connections: connections.count(), bytes_in_flight: bodies.bytesInFlight(), ...relay.state() })
-  await app.register(operations, { parts })
+  await app.register(health, { parts })
   if (config.DOCS ?? isLoopback(config.HOST)) await app.register(docs, { document })
   const nextSlice = createSlices(SLICE_MS)
   await app.register(identify, { relay, bodies, nextSlice })

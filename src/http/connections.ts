@@ -212,7 +212,7 @@ export function createConnections ({ config, charge, onError }: Options) {
       })
       app.addHook('onSend', ({ raw }, reply, payload, done) => {
         const pipeline = connections.get(raw.socket)?.pipeline
-        if (app.isDraining() || isLongUnread(raw) || (pipeline !== undefined && isLast(pipeline, raw))) {
+        if (app.isShuttingDown() || isLongUnread(raw) || (pipeline !== undefined && isLast(pipeline, raw))) {
           reply.header('connection', 'close')
           if (pipeline !== undefined) pipeline.isClosing = true
         } else if (pipeline !== undefined && reply.statusCode >= 400 && reply.getHeader('connection') === 'close') {

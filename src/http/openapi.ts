@@ -14,7 +14,7 @@ const about = {
   }
 }
 
-const nothing = async () => ({})
+const noop = async () => ({})
 
 /**
  * The OpenAPI document of the routes, as an object and as YAML. From an app of its own that serves nobody, so that the
@@ -22,9 +22,9 @@ const nothing = async () => ({})
  */
 export async function openapi (config: Config): Promise<{ document: object, yaml: string }> {
   const app = await buildApp(config, {
-    relay: { close: nothing } as unknown as Relay,
+    relay: { close: noop } as unknown as Relay,
     logger: pino({ level: 'silent' }),
-    document: nothing,
+    document: noop,
     async prepare (app) {
       await app.register(swagger, {
         openapi: about,

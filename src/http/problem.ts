@@ -35,7 +35,7 @@ export const PROBLEMS = {
 export type ProblemCode = keyof typeof PROBLEMS
 
 /** What one answer may add to its code: `retryAfter` is in seconds and becomes a header. */
-export interface Extras {
+export interface ProblemOptions {
   detail?: string | undefined
   errors?: FieldError[]
   retryAfter?: number
@@ -47,7 +47,7 @@ export interface Extras {
 export const MAX_ERRORS = 100
 
 /** The body of every error answer. */
-export function problemBody (code: ProblemCode, requestId: string, { detail, errors, ...extras }: Extras = {}) {
+export function problemBody (code: ProblemCode, requestId: string, { detail, errors, ...extras }: ProblemOptions = {}) {
   const { retryable, detail: usual } = PROBLEMS[code]
   const status = extras.status ?? PROBLEMS[code].status
   return {

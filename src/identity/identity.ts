@@ -76,7 +76,7 @@ export type Identity = Static<typeof Identity>
  * What is wrong with a value that has more names than an identity may have: to say what is wrong with each of a hundred
  * thousand would hold up everybody for a second. Takes any value, and is fast; at most 100 fields by default.
  */
-export function surplusNames (body: unknown, maxFields = MAX_FIELDS): FieldError[] {
+export function checkSize (body: unknown, maxFields = MAX_FIELDS): FieldError[] {
   if (typeof body !== 'object' || body === null) return []
   if (Object.keys(body).length > maxFields) {
     return [{ pointer: '', detail: `must not have more than ${maxFields} fields` }]
@@ -90,7 +90,7 @@ export function surplusNames (body: unknown, maxFields = MAX_FIELDS): FieldError
  * The rules that JSON Schema cannot express: junk ids, equality between fields, depth and sanity of property values.
  * Takes any value, valid or not, and speaks only of fields whose type allows it; never throws.
  */
-export function brokenRules (body: unknown): FieldError[] {
+export function checkRules (body: unknown): FieldError[] {
   if (typeof body !== 'object' || body === null) return []
   const { identified_id: identified, anon_id: anon, distinct_id: distinct, properties }: Partial<Identity> = body
   const errors: FieldError[] = []
@@ -105,14 +105,14 @@ export function brokenRules (body: unknown): FieldError[] {
   }
   if (typeof properties !== 'object' || properties === null) return errors
   for (const [name, value] of Object.entries(properties)) {
-    const detail = brokenName(name, value) ?? brokenValue(value, 2)
+    const detail = checkName(name, value) ?? checkValue(value, 2)
     if (detail !== undefined) errors.push({ pointer: `/properties/${escapePointer(name)}`, detail })
   }
   return errors
 }
 
 /** What is wrong with a property's value that stands at `depth`, or undefined. */
-function brokenValue (value: unknown, depth: number): string | undefined {
+function checkValue (value: unknown, depth: number): string | undefined {
   // 1e999 parses as Infinity, which JSON.stringify would turn into null on the wire.
   if (typeof value === 'number') return Number.isFinite(value) ? undefined : 'must be a finite number'
   if (typeof value === 'string') return value.isWellFormed() ? undefined : 'must not contain lone surrogates'
@@ -123,14 +123,14 @@ function brokenValue (value: unknown, depth: number): string | undefined {
   for (const name of names) {
     if (name.length > 255) return 'must not hold a name of more than 255 characters'
     const inner = (value as Record<string, unknown>)[name]
-    const detail = brokenName(name, inner) ?? brokenValue(inner, depth + 1)
+    const detail = checkName(name, inner) ?? checkValue(inner, depth + 1)
     if (detail !== undefined) return detail
   }
   return undefined
 }
 
 /** What is wrong with a name that a value has, or undefined. */
-function brokenName (name: string, value: unknown): string | undefined {
+function checkName (name: string, value: unknown): string | undefined {
   if (!name.isWellFormed()) return 'must not have a name with lone surrogates'
   // Harmless here; but whoever merges the event into another object elsewhere would change its prototype.
   const isForbidden = name === '__proto__' ||

@@ -17,8 +17,8 @@ export type Verdict =
   | {
     code: 'mixpanel_unreachable' | 'mixpanel_misanswered' | 'mixpanel_timed_out'
     cause: string
-    again: boolean
-    isUntaken?: boolean
+    isTransient: boolean
+    isUndelivered?: boolean
   }
   | { code: 'mixpanel_rejected_credentials', cause: string }
   | { code: 'mixpanel_rate_limited', cause: string, retryAfter: number }
@@ -37,24 +37,24 @@ export function interpretStatus (status: number, retryAfter?: string | string[])
   if (status === 200 || status === 400 || status < 200) return undefined
   if (status === 429) return { code: 'mixpanel_rate_limited', retryAfter: retryAfterSeconds(String(retryAfter)), cause }
   if (status === 401 || status === 403) return { code: 'mixpanel_rejected_credentials', cause }
-  if (status === 408 || status >= 500) return { code: 'mixpanel_unreachable', cause, again: true }
-  return { code: 'mixpanel_misanswered', cause, again: false }
+  if (status === 408 || status >= 500) return { code: 'mixpanel_unreachable', cause, isTransient: true }
+  return { code: 'mixpanel_misanswered', cause, isTransient: false }
 }
 
 /** True where Mixpanel may take it another time: it was out of reach, late, busy, or what answered was not Mixpanel. */
-export function isForLater (verdict: Verdict): boolean {
+export function isDeferrable (verdict: Verdict): boolean {
   return verdict.code === 'mixpanel_timed_out' || verdict.code === 'mixpanel_rate_limited' ||
-    verdict.code === 'mixpanel_unavailable' || isOutage(verdict)
+    verdict.code === 'mixpanel_unavailable' || isTransient(verdict)
 }
 
 /** Mixpanel, or the way to it, failed: worth a repeat, and a reason to stop asking when it goes on. */
-export function isOutage (verdict: Verdict): verdict is Extract<Verdict, { again: boolean }> {
-  return 'again' in verdict && verdict.again
+export function isTransient (verdict: Verdict): verdict is Extract<Verdict, { isTransient: boolean }> {
+  return 'isTransient' in verdict && verdict.isTransient
 }
 
 /** True where Mixpanel surely has nothing of it. A gateway's 5xx does not say that. */
-export function isUntaken (verdict: Verdict): boolean {
-  return 'again' in verdict ? verdict.isUntaken === true : verdict.code !== 'accepted'
+export function isUndelivered (verdict: Verdict): boolean {
+  return 'isTransient' in verdict ? verdict.isUndelivered === true : verdict.code !== 'accepted'
 }
 
 /** Mixpanel, or something before it, found the request too large; a part of it may be taken. */
@@ -76,26 +76,26 @@ export function interpretBody (status: number, text: string, mask: Mask = words 
   const reason = reasonOf(records, words.error, mask)
   // Seen live: a `0` that is Mixpanel's own passing fault, which only its words tell from a refusal.
   if (reason !== undefined && /temporary failure/i.test(reason)) {
-    return { code: 'mixpanel_unreachable', cause: TEMPORARY, again: true, isUntaken: true }
+    return { code: 'mixpanel_unreachable', cause: TEMPORARY, isTransient: true, isUndelivered: true }
   }
   const refused = status === 400 || reason !== undefined || answer === 0 || word === 0
   const imported = words.num_records_imported
   if (refused) return { code: 'refused_by_mixpanel', reason, records: reasonsByIndex(records, mask), imported }
   if (answer === 1 || word === 1 || (code === 200 && imported !== 0)) return { code: 'accepted' }
-  return { code: 'mixpanel_misanswered', cause: 'neither 1 nor 0', again: true }
+  return { code: 'mixpanel_misanswered', cause: 'neither 1 nor 0', isTransient: true }
 }
 
 /** The verdict where no whole answer came: `error` is what undici or the socket threw. */
 export function interpretError ({ name, code = name }: NodeJS.ErrnoException): Verdict {
-  if (/TIMEOUT|ETIMEDOUT/.test(code)) return { code: 'mixpanel_timed_out', cause: code, again: true }
+  if (/TIMEOUT|ETIMEDOUT/.test(code)) return { code: 'mixpanel_timed_out', cause: code, isTransient: true }
   // Bytes that are not HTTP, too many headers, too large a body: somebody else answers there.
   const foreign = /^(HPE_|HTTPParserError|UND_ERR_HEADERS_OVERFLOW|UND_ERR_RES_EXCEEDED_MAX_SIZE)/.test(code)
   return {
     code: foreign ? 'mixpanel_misanswered' : 'mixpanel_unreachable',
     cause: code,
-    again: true,
+    isTransient: true,
     // There was no connection yet.
-    isUntaken: /^(ECONNREFUSED|ENOTFOUND|EAI_AGAIN|UND_ERR_CONNECT_TIMEOUT)$/.test(code)
+    isUndelivered: /^(ECONNREFUSED|ENOTFOUND|EAI_AGAIN|UND_ERR_CONNECT_TIMEOUT)$/.test(code)
   }
 }
 

@@ -5,7 +5,7 @@ import { parseEvent, type PendingEvent } from '../identity/event.ts'
 import { interpretBody, interpretError, interpretStatus, type Verdict } from '../identity/verdict.ts'
 
 /** A request to Mixpanel, ready to be sent any number of times. */
-export interface Encoded { path: string, headers: Record<string, string>, body: Buffer }
+export interface EncodedRequest { path: string, headers: Record<string, string>, body: Buffer }
 
 // All of undici (fetch, WebSocket, caches, …) would add a sixth to the start and to the memory.
 const Pool = createRequire(import.meta.url)('undici/lib/dispatcher/pool.js') as typeof undici.Pool
@@ -85,7 +85,7 @@ export function createMixpanel (config: Config) {
      */
     encode (
       events: PendingEvent[], { endpoint = config.MIXPANEL_ENDPOINT, strict = false, verbose = false } = {}
-    ): Encoded {
+    ): EncodedRequest {
       const list = events.map(({ json }) => `${json.slice(0, -2)}${closing}`).join()
       if (endpoint === 'import') {
         return {
@@ -109,7 +109,7 @@ export function createMixpanel (config: Config) {
      * Sends once. Resolves within `timeoutMs`, or as soon as this process runs again; rejects only on a bug. By
      * undici's `dispatch`, which is cheaper than its `request`: an answer of one byte needs no stream.
      */
-    send: (request: Encoded, timeoutMs: number) => new Promise<Verdict>(resolve => {
+    send: (request: EncodedRequest, timeoutMs: number) => new Promise<Verdict>(resolve => {
       let controller: undici.Dispatcher.DispatchController | undefined
       let status = 0
       const chunks: Buffer[] = []
@@ -117,7 +117,7 @@ export function createMixpanel (config: Config) {
       let isLate = false
       function giveUp (): void {
         isLate = true
-        resolve({ code: 'mixpanel_timed_out', cause: `no answer in ${timeoutMs} ms`, again: true })
+        resolve({ code: 'mixpanel_timed_out', cause: `no answer in ${timeoutMs} ms`, isTransient: true })
         controller?.abort(new Error('late'))
       }
       // Timers run before sockets are read. An answer that arrived while this process stood still is read first.

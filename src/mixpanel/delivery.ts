@@ -4,13 +4,13 @@ import type { Config } from '../config.ts'
 import type { PendingEvent } from '../identity/event.ts'
 import type { Log } from '../log.ts'
 import { CONNECTIONS, type Mixpanel } from './client.ts'
-import { isOutage, isTooLarge, TEMPORARY, type Verdict } from '../identity/verdict.ts'
+import { isTransient, isTooLarge, TEMPORARY, type Verdict } from '../identity/verdict.ts'
 
 /**
  * An event on its way. `deadline` (by performance.now(), whatever the clock does) is its caller's; for a batch the
  * earliest counts.
  */
-export interface Item {
+export interface OutgoingEvent {
   event: PendingEvent
   isStrict: boolean
   deadline: number
@@ -29,9 +29,11 @@ const RETRY_MINIMUM = 3
 const STALL_MS = 500
 
 /** How a refused array is divided: by eight it takes 3 rounds from 50 to 1, where halves take 7. */
-const PARTS = 8
+const BISECT_FANOUT = 8
 
-export const NEVER_SENT: Verdict = { code: 'mixpanel_timed_out', cause: 'never sent', again: false, isUntaken: true }
+export const NEVER_SENT: Verdict = {
+  code: 'mixpanel_timed_out', cause: 'never sent', isTransient: false, isUndelivered: true
+}
 
 export type Delivery = ReturnType<typeof createDelivery>
 
@@ -45,11 +47,11 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
   let lastVerdict: { code: Verdict['code'], at: number } | undefined
 
   /** A verdict for each. `isSearch`: Mixpanel answered `0` to more than these, and the guilty are looked for. */
-  async function deliver (items: Item[], isSearch = false): Promise<Verdict[]> {
-    const verdict = await sendAndRepeat(items, isSearch && items.length === 1)
+  async function deliver (items: OutgoingEvent[], isBisecting = false): Promise<Verdict[]> {
+    const verdict = await sendInSlot(items, isBisecting && items.length === 1)
     if (items.length === 1) {
-      const isMute = verdict.code === 'refused_by_mixpanel' && verdict.reason === undefined
-      return [isMute && !isSearch && endpointOf(items) === 'track' ? await explain(items, verdict) : verdict]
+      const hasNoReason = verdict.code === 'refused_by_mixpanel' && verdict.reason === undefined
+      return [hasNoReason && !isBisecting && endpointOf(items) === 'track' ? await askReason(items, verdict) : verdict]
     }
     const { records, imported } = verdict.code === 'refused_by_mixpanel' ? verdict : {}
     // Only if Mixpanel says that it took the others, and speaks of these.
@@ -62,7 +64,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     // One answer for many condemns nobody: divide until each guilty one stands alone. That costs some requests for each
     // of them, and the innocent, sent again, are the same bytes. 413: documentation names both 2 MiB and 10 MB.
     if (verdict.code === 'refused_by_mixpanel' || isTooLarge(verdict)) {
-      const size = Math.ceil(items.length / PARTS)
+      const size = Math.ceil(items.length / BISECT_FANOUT)
       const parts = Array.from({ length: Math.ceil(items.length / size) }, (_, part) =>
         items.slice(part * size, (part + 1) * size))
       return (await Promise.all(parts.map(part => deliver(part, true)))).flat()
@@ -71,11 +73,11 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
   }
 
   /** Waits for one of MAX_SENDS places: a search must not take more of Mixpanel, or of its own time, than a batch. */
-  async function sendAndRepeat (items: Item[], isVerbose: boolean): Promise<Verdict> {
+  async function sendInSlot (items: OutgoingEvent[], isVerbose: boolean): Promise<Verdict> {
     if (sends >= MAX_SENDS) await new Promise<void>(resolve => waiting.push(resolve))
     else sends++
     try {
-      return await sendInPlace(items, isVerbose)
+      return await sendWithRetry(items, isVerbose)
     } finally {
       const next = waiting.shift()
       if (next === undefined) sends--
@@ -83,9 +85,9 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     }
   }
 
-  async function sendInPlace (items: Item[], isVerbose: boolean): Promise<Verdict> {
-    const [{ isStrict }] = items as [Item]
-    const deadline = Math.min(...items.map(item => item.deadline))
+  async function sendWithRetry (items: OutgoingEvent[], isVerbose: boolean): Promise<Verdict> {
+    const [{ isStrict }] = items as [OutgoingEvent]
+    const deadline = Math.min(...items.map(event => event.deadline))
     if (performance.now() >= deadline) return NEVER_SENT
     // Before the breaker is asked: whatever this throws must not leave its one probe under way for ever.
     const request = mixpanel.encode(items.map(({ event }) => event), {
@@ -102,27 +104,27 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     const isShort = time() < Math.min(config.MIXPANEL_TIMEOUT_MS, config.DEADLINE_MS) / 2
     let verdict = await attempt()
     const isStalled = performance.now() > due + STALL_MS
-    breaker.record(!isOutage(verdict) || ((isShort || isStalled) && verdict.code === 'mixpanel_timed_out'))
+    breaker.record(!isTransient(verdict) || ((isShort || isStalled) && verdict.code === 'mixpanel_timed_out'))
     // Jitter, so that those who failed together do not come back together.
     const pause = 50 + Math.random() * 250
-    if (isOutage(verdict) && mayRetry() && performance.now() + pause < deadline) {
-      log.warn({ code: verdict.code, cause: verdict.cause, identities: items.length }, 'sending once more')
+    if (isTransient(verdict) && mayRetry() && performance.now() + pause < deadline) {
+      log.warn({ code: verdict.code, cause: verdict.cause, identities: items.length }, 'retrying')
       retries++
       await sleep(pause)
       verdict = await attempt().finally(() => { retries-- })
-      if (!isOutage(verdict)) breaker.record(true)
+      if (!isTransient(verdict)) breaker.record(true)
     }
     if (verdict.code === 'refused_by_mixpanel') log.debug({ reason: verdict.reason }, 'refused')
     lastVerdict = { code: verdict.code, at: Date.now() }
     return verdict
   }
 
-  const endpointOf = ([first]: Item[]) => first?.endpoint ?? config.MIXPANEL_ENDPOINT
+  const endpointOf = ([first]: OutgoingEvent[]) => first?.endpoint ?? config.MIXPANEL_ENDPOINT
   const mayRetry = () => !breaker.isOpen() && retries < Math.max(RETRY_MINIMUM, sends * RETRY_SHARE)
 
   /** A bare `0` may mean anything, even a passing fault of Mixpanel's; with `verbose=1` it says which. */
-  async function explain (items: Item[], refused: Verdict): Promise<Verdict> {
-    const verdict = await sendAndRepeat(items, true)
+  async function askReason (items: OutgoingEvent[], refused: Verdict): Promise<Verdict> {
+    const verdict = await sendInSlot(items, true)
     const isAnswer = verdict.code === 'accepted' || verdict.code === 'refused_by_mixpanel' ||
       (verdict.code === 'mixpanel_unreachable' && verdict.cause === TEMPORARY)
     return isAnswer ? verdict : refused
@@ -133,7 +135,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     isOpen: breaker.isOpen,
 
     /** Resolves by the earliest deadline with a verdict for each, in their order; rejects only on a bug. */
-    deliver: (items: Item[]) => deliver(items),
+    deliver: (items: OutgoingEvent[]) => deliver(items),
 
     /** For people: whether Mixpanel is asked, and what it said last. */
     state: () => ({

@@ -20,7 +20,7 @@ export function openDirectory (directory: string) {
   const db = open(file)
   const pragma = (name: string) => db.prepare(`PRAGMA ${name}`).pluck().all()[0] as number
   /** For what needs room itself, which a full disk has not: then things stay as they are, and nothing is lost. */
-  const tidy = (sql: string) => {
+  const tryExec = (sql: string) => {
     try {
       db.exec(sql)
     } catch {}
@@ -41,11 +41,11 @@ export function openDirectory (directory: string) {
 
     /** Gives the disk back what an outage took of it, if it can. Fast where the tables are nearly empty. */
     shrink (): void {
-      if (unusedBytes() > KEPT_BYTES) tidy('VACUUM; PRAGMA wal_checkpoint(TRUNCATE);')
+      if (unusedBytes() > KEPT_BYTES) tryExec('VACUUM; PRAGMA wal_checkpoint(TRUNCATE);')
     },
 
     close (): void {
-      tidy('PRAGMA wal_checkpoint(TRUNCATE)')
+      tryExec('PRAGMA wal_checkpoint(TRUNCATE)')
       db.close()
       unlock()
     }

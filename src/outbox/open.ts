@@ -1,4 +1,4 @@
-import { projectOf, type Config } from '../config.ts'
+import { projectFingerprint, type Config } from '../config.ts'
 import type { Log } from '../log.ts'
 import { connectRedis, type Redis } from '../redis.ts'
 import { DirectoryInUse, type Outbox } from './outbox.ts'
@@ -24,7 +24,7 @@ export async function openOutbox (
   if (directory !== undefined) {
     const { openSqlite } = await import('./sqlite.ts')
     try {
-      return openSqlite(directory, projectOf(config), log)
+      return openSqlite(directory, projectFingerprint(config), log)
     } catch (error) {
       if (error instanceof DirectoryInUse) throw error
       throw new Error(`${directory} cannot be the outbox: ${(error as Error).message}`)
@@ -32,5 +32,5 @@ export async function openOutbox (
   }
   if (config.OUTBOX === 'off' || redis === undefined) return undefined
   const { openRedis } = await import('./redis.ts')
-  return openRedis(redis, projectOf(config), log, config.DEADLINE_MS + LEASE_AFTER_DEADLINE_MS)
+  return openRedis(redis, projectFingerprint(config), log, config.DEADLINE_MS + LEASE_AFTER_DEADLINE_MS)
 }

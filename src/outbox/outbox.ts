@@ -12,25 +12,28 @@ export interface Entry {
 /** An identity that cannot be delivered: kept, with the reason, until an operator replays or drops it. */
 export interface DeadLetter { id: string, event: PendingEvent, reason: string, died: Date }
 
+export type PutResult = 'stored' | 'rejected' | 'unknown'
+export type HasResult = 'yes' | 'no' | 'unknown'
+
 /**
  * Where identities wait for Mixpanel. Its twins are sqlite.ts (one process) and redis.ts (several), and one test holds
  * both to this. `put` and `holds` are on the path of a caller: they answer soon, and never reject. The others reject
  * when the store fails, and then have done nothing, or will do no harm when they are called again.
  */
 export interface Outbox {
-  /** True once the event is on disk; false when it is not kept; undefined when the store did not say so in time. */
-  put: (event: PendingEvent) => Promise<boolean | undefined>
-  /** Does an event with the same claim wait? Undefined when the store cannot be asked. */
-  holds: (claim: string) => Promise<boolean | undefined>
+  /** Resolves with `stored` once the event is on disk, and with `unknown` when the store did not answer in time. */
+  put: (event: PendingEvent) => Promise<PutResult>
+  /** Resolves with whether an event with this `anonKey` waits, and with `unknown` when the store cannot be asked. */
+  has: (anonKey: string) => Promise<HasResult>
   /**
    * The oldest entries, or those after the id `after`, in their order: at most `count`, and about a megabyte. They stay
    * until they are `done` or `bury`ed. None while another process delivers: to keep claims in order one at a time does.
    */
-  take: (count: number, after?: string) => Promise<Entry[]>
+  next: (count: number, after?: string) => Promise<Entry[]>
   /** They are delivered, and no longer kept. */
-  done: (entries: Entry[]) => Promise<void>
+  ack: (entries: Entry[]) => Promise<void>
   /** They become dead letters. */
-  bury: (entries: { entry: Entry, reason: string }[]) => Promise<void>
+  deadLetter: (entries: { entry: Entry, reason: string }[]) => Promise<void>
   /** How many there are, as far as this process knows. */
   counts: () => { waiting: number, dead: number }
   /** For operators: up to `count` in their order, those after the id `after`. */
@@ -48,7 +51,7 @@ export interface Outbox {
 export const MAX_ENTRIES = 1_000_000
 
 /** In one `take`: the last entry may exceed it. */
-export const MAX_TAKE_BYTES = 1_000_000
+export const MAX_NEXT_BYTES = 1_000_000
 
 /** Another process has opened the directory. */
 export class DirectoryInUse extends Error {}

@@ -1,16 +1,18 @@
 import { randomUUID } from 'node:crypto'
 import { createBatcher } from '../concurrency/batcher.ts'
 import { storedEvent, type PendingEvent } from '../identity/event.ts'
-import { throttled, type Log } from '../log.ts'
-import { connectPatient, inTime, SOON_MS, type Redis } from '../redis.ts'
-import { MAX_ENTRIES, MAX_TAKE_BYTES, type DeadLetter, type Entry, type Outbox } from './outbox.ts'
+import { throttledError, type Log } from '../log.ts'
+import { connectBackground, withTimeout, FOREGROUND_TIMEOUT_MS, type Redis } from '../redis.ts'
+import {
+  MAX_ENTRIES, MAX_NEXT_BYTES, type DeadLetter, type Entry, type HasResult, type Outbox, type PutResult
+} from './outbox.ts'
 import { SCRIPTS } from './scripts.ts'
 
 /** In one script, which holds up everybody else at Redis. */
 const MAX_PUT = 100
 
 /** For what no caller waits for, and what may be a megabyte. */
-const PATIENCE_MS = 5000
+const BACKGROUND_TIMEOUT_MS = 5000
 
 type Fields = [id: string, fields: string[]]
 
@@ -20,15 +22,15 @@ type Fields = [id: string, fields: string[]]
  * wait for, and stays its creator's to close. Rejects when Redis cannot be asked.
  */
 export async function openRedis (
-  fast: Redis, project: string, log: Log, leaseMs: number, maxEntries = MAX_ENTRIES
+  foreground: Redis, project: string, log: Log, leaseMs: number, maxEntries = MAX_ENTRIES
 ): Promise<Outbox> {
   // Braces: these live on one node, wherever there are several.
   const keys = ['waiting', 'dead', 'claims', 'lease'].map(name => `{identify-relay:${project}}:${name}`)
   const [WAITING, DEAD, CLAIMS] = keys as [string, string, string]
-  const me = randomUUID()
+  const relayId = randomUUID()
   let counts = { waiting: 0, dead: 0 }
-  const patient = await connectPatient(fast, PATIENCE_MS)
-  for (const redis of [fast, patient]) {
+  const background = await connectBackground(foreground, BACKGROUND_TIMEOUT_MS)
+  for (const redis of [foreground, background]) {
     for (const [name, lua] of Object.entries(SCRIPTS)) redis.defineCommand(name, { numberOfKeys: keys.length, lua })
   }
   type Script = (...args: (string | number)[]) => Promise<[waiting: number, dead: number, result: unknown]>
@@ -36,81 +38,79 @@ export async function openRedis (
     redis: Redis, name: keyof typeof SCRIPTS, ...args: (string | number)[]
   ): Promise<Result> {
     const script = (redis as unknown as Record<string, Script>)[name] as Script
-    const ms = redis === fast ? SOON_MS : PATIENCE_MS
-    const [waiting, dead, result] = await inTime(redis, ms, script.call(redis, ...keys, ...args))
+    const ms = redis === foreground ? FOREGROUND_TIMEOUT_MS : BACKGROUND_TIMEOUT_MS
+    const [waiting, dead, result] = await withTimeout(redis, ms, script.call(redis, ...keys, ...args))
     counts = { waiting, dead }
     return result as Result
   }
 
-  async function greet (): Promise<void> {
-    counts = { waiting: await patient.xlen(WAITING), dead: await patient.xlen(DEAD) }
-    await reportDurability(patient, log)
+  async function refresh (): Promise<void> {
+    counts = { waiting: await background.xlen(WAITING), dead: await background.xlen(DEAD) }
+    await reportDurability(background, log)
   }
-  await greet()
+  await refresh()
   // Whatever it cannot be asked now it says another time.
-  patient.on('ready', () => greet().catch(() => {}))
-  const complain = throttled((what, message) => log.error(what, message), 1000)
+  background.on('ready', () => refresh().catch(() => {}))
+  const logError = throttledError((what, message) => log.error(what, message), 1000)
 
-  /** What `work` resolves with for each, or `undefined` where Redis does not say. */
-  async function orUnknown (count: number, work: () => Promise<boolean[]>): Promise<(boolean | undefined)[]> {
-    try {
-      return await work()
-    } catch (error) {
-      complain({ cause: (error as Error).message }, 'the outbox cannot be used')
-      return Array.from({ length: count }, () => undefined)
-    }
+  /** Returns a function that logs an error of Redis and gives every one of `items` the result `unknown`. */
+  const unknownFor = (items: unknown[]) => (error: Error) => {
+    logError({ cause: error.message }, 'outbox unavailable')
+    return items.map(() => 'unknown' as const)
   }
 
-  /** Whether all of them are kept. */
-  async function keep (events: PendingEvent[]): Promise<boolean> {
+  /** Stores all of the events or none. */
+  async function store (events: PendingEvent[]): Promise<PutResult[]> {
     const entries = events.flatMap(({ anonKey, json }) => [anonKey, json])
-    const refusal = await run(fast, 'PUT', maxEntries, ...entries)
-      .then(isKept => isKept === 1 ? undefined : `it holds ${maxEntries} entries`, unlessRefused)
-    if (refusal !== undefined) complain({ cause: refusal }, 'the outbox keeps nothing')
-    return refusal === undefined
+    const refusal = await run(foreground, 'PUT', maxEntries, ...entries)
+      .then(stored => stored === 1 ? undefined : `it holds ${maxEntries} entries`, refusalOf)
+    if (refusal !== undefined) logError({ cause: refusal }, 'outbox write rejected')
+    return events.map(() => refusal === undefined ? 'stored' : 'rejected')
   }
 
-  const puts = createBatcher<PendingEvent, boolean | undefined>({
-    maxBatch: MAX_PUT,
-    send: events => orUnknown(events.length, async () => {
-      const isKept = await keep(events)
-      return events.map(() => isKept)
-    })
+  async function lookUp (anonKeys: string[]): Promise<HasResult[]> {
+    const counts = await withTimeout(foreground, FOREGROUND_TIMEOUT_MS, foreground.hmget(CLAIMS, ...anonKeys))
+    return counts.map(count => count === null ? 'no' : 'yes')
+  }
+
+  const puts = createBatcher<PendingEvent, PutResult>({
+    maxBatch: MAX_PUT, send: events => store(events).catch(unknownFor(events))
   })
-  const holds = createBatcher<string, boolean | undefined>({
-    maxBatch: MAX_PUT,
-    send: claims => orUnknown(claims.length, async () =>
-      (await inTime(fast, SOON_MS, fast.hmget(CLAIMS, ...claims))).map(Boolean))
+  const lookups = createBatcher<string, HasResult>({
+    maxBatch: MAX_PUT, send: anonKeys => lookUp(anonKeys).catch(unknownFor(anonKeys))
   })
 
-  const range = async (key: string, count: number, after?: string) =>
-    inTime(patient, PATIENCE_MS, patient.xrange(key, from(after), '+', 'COUNT', count)) as Promise<Fields[]>
+  async function range (key: string, count: number, after?: string): Promise<Fields[]> {
+    const command = background.xrange(key, from(after), '+', 'COUNT', count)
+    return await withTimeout(background, BACKGROUND_TIMEOUT_MS, command) as Fields[]
+  }
 
   return {
     // Neither batcher has a bound that it could refuse for.
-    put: event => puts.add(event) as Promise<boolean | undefined>,
-    holds: claim => holds.add(claim) as Promise<boolean | undefined>,
-    take: async (count, after) =>
-      (await run<Fields[]>(patient, 'TAKE', me, leaseMs, from(after), count, MAX_TAKE_BYTES)).map(asEntry),
-    done: entries => run(patient, 'DONE', ...entries.flatMap(({ id, event }) => [id, event.anonKey])),
-    bury: letters => run(patient, 'BURY', Date.now(), ...letters.flatMap(({ entry: { id, event }, reason }) =>
-      [id, event.anonKey, event.json, reason])),
+    put: event => puts.add(event) as Promise<PutResult>,
+    has: anonKey => lookups.add(anonKey) as Promise<HasResult>,
+    next: async (count, after) =>
+      (await run<Fields[]>(background, 'NEXT', relayId, leaseMs, from(after), count, MAX_NEXT_BYTES)).map(asEntry),
+    ack: entries => run(background, 'ACK', ...entries.flatMap(({ id, event }) => [id, event.anonKey])),
+    deadLetter: letters => run(background, 'DEAD_LETTER', Date.now(), ...letters.flatMap(
+      ({ entry: { id, event }, reason }) => [id, event.anonKey, event.json, reason]
+    )),
     counts: () => counts,
     waiting: async (count, after) => (await range(WAITING, count, after)).map(asEntry),
     dead: async (count, after) => (await range(DEAD, count, after)).map(asLetter),
-    replay: letters => run(patient, 'REPLAY', ...letters.flatMap(({ id, endpoint = '' }) => [id, endpoint])),
-    drop: letters => run(patient, 'DROP', ...letters.map(({ id }) => id)),
+    replay: letters => run(background, 'REPLAY', ...letters.flatMap(({ id, endpoint = '' }) => [id, endpoint])),
+    drop: letters => run(background, 'DROP', ...letters.map(({ id }) => id)),
     async close () {
-      await Promise.all([puts.idle(), holds.idle()])
+      await Promise.all([puts.idle(), lookups.idle()])
       // Without it another relay would have to wait for the lease to end.
-      await run(fast, 'RELEASE', me).catch(() => {})
-      patient.disconnect()
+      await run(foreground, 'RELEASE', relayId).catch(() => {})
+      background.disconnect()
     }
   }
 }
 
 /** Redis's own words for what it has not begun; other errors are thrown. */
-function unlessRefused (error: Error): string {
+function refusalOf (error: Error): string {
   if (/\b(OOM|READONLY|MISCONF|NOREPLICAS) /.test(error.message)) return error.message
   throw error
 }

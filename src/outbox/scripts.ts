@@ -9,7 +9,7 @@ local result = (function ()${lua}end)()
 return { redis.call('XLEN', waiting), redis.call('XLEN', dead), result }`
 
 /** Takes an entry out of those that wait, if nobody else did. */
-const FORGET = `
+const REMOVE = `
 local function forget (id, claim)
   if redis.call('XDEL', waiting, id) == 0 then return false end
   if redis.call('HINCRBY', claims, claim, -1) <= 0 then redis.call('HDEL', claims, claim) end
@@ -33,7 +33,7 @@ const PUT = script(`
  * ARGV: this relay, for how many ms it is the one that delivers, the first id, how many entries, how many bytes. None
  * while another one delivers: streams have consumer groups to divide work, and claims in order must not be divided.
  */
-const TAKE = script(`
+const NEXT = script(`
   local owner = redis.call('GET', lease)
   if owner and owner ~= ARGV[1] then return {} end
   -- Redis without memory refuses a script that begins with SET; and only who takes can give memory back.
@@ -59,14 +59,14 @@ const RELEASE = script(`
 `)
 
 /** ARGV: id and claim of each. */
-const DONE = script(`
-  ${FORGET}
+const ACK = script(`
+  ${REMOVE}
   for i = 1, #ARGV, 2 do forget(ARGV[i], ARGV[i + 1]) end
 `)
 
 /** ARGV: now (ms), then id, claim, event and reason of each. */
-const BURY = script(`
-  ${FORGET}
+const DEAD_LETTER = script(`
+  ${REMOVE}
   for i = 2, #ARGV, 4 do
     if forget(ARGV[i], ARGV[i + 1]) then
       redis.call('XADD', dead, '*', 'claim', ARGV[i + 1], 'event', ARGV[i + 2], 'reason', ARGV[i + 3], 'died', ARGV[1])
@@ -95,4 +95,4 @@ const DROP = script(`
   return redis.call('XDEL', dead, unpack(ARGV))
 `)
 
-export const SCRIPTS = { PUT, TAKE, RELEASE, DONE, BURY, REPLAY, DROP }
+export const SCRIPTS = { PUT, NEXT, RELEASE, ACK, DEAD_LETTER, REPLAY, DROP }

@@ -1,8 +1,8 @@
 import { createBatcher } from '../concurrency/batcher.ts'
 import { storedEvent, type PendingEvent } from '../identity/event.ts'
-import { throttled, type Log } from '../log.ts'
+import { throttledError, type Log } from '../log.ts'
 import { openDirectory } from './directory.ts'
-import { MAX_ENTRIES, MAX_TAKE_BYTES, type DeadLetter, type Entry, type Outbox } from './outbox.ts'
+import { MAX_ENTRIES, MAX_NEXT_BYTES, type DeadLetter, type Entry, type Outbox, type PutResult } from './outbox.ts'
 import { prepare, type DeadRow, type WaitingRow } from './statements.ts'
 
 /** More in one transaction would hold up the event loop. */
@@ -32,7 +32,7 @@ export function openSqlite (directory: string, project: string, log: Log, maxEnt
     })
   }
 
-  const complain = throttled((what, message) => log.error(what, message), 1000)
+  const logError = throttledError((what, message) => log.error(what, message), 1000)
 
   function transact<T> (work: () => T): T {
     db.exec('BEGIN IMMEDIATE')
@@ -48,7 +48,7 @@ export function openSqlite (directory: string, project: string, log: Log, maxEnt
   }
 
   /** Group commit: all or none of them are kept. */
-  async function commit (events: PendingEvent[]): Promise<boolean[]> {
+  async function commit (events: PendingEvent[]): Promise<PutResult[]> {
     try {
       if (counts.waiting + counts.dead + events.length > maxEntries) throw new Error(`it holds ${maxEntries} entries`)
       if (isDiskLow()) throw new Error('the disk is nearly full')
@@ -56,46 +56,44 @@ export function openSqlite (directory: string, project: string, log: Log, maxEnt
         for (const { anonKey, json } of events) sql.put.run(anonKey, json)
       })
       counts.waiting += events.length
-      return events.map(() => true)
+      return events.map(() => 'stored')
     } catch (error) {
-      complain({ cause: (error as Error).message }, 'the outbox keeps nothing')
-      return events.map(() => false)
+      logError({ cause: (error as Error).message }, 'outbox write rejected')
+      return events.map(() => 'rejected')
     }
   }
 
-  const puts = createBatcher<PendingEvent, boolean>({
-    send: commit, maxBatch: MAX_COMMIT
-  })
+  const puts = createBatcher<PendingEvent, PutResult>({ send: commit, maxBatch: MAX_COMMIT })
 
   const asEntry = ({ id, event, endpoint }: WaitingRow): Entry =>
     ({ id: String(id), event: storedEvent(event), ...endpoint !== null && { endpoint } })
   const asLetter = ({ id, event, reason, died }: DeadRow): DeadLetter =>
     ({ id: String(id), event: storedEvent(event), reason, died: new Date(died) })
   const asArray = (list: { id: string }[]) => JSON.stringify(list.map(({ id }) => Number(id)))
-  const forget = (entries: Entry[]) => sql.forget.run(asArray(entries)).changes
+  const remove = (entries: Entry[]) => sql.remove.run(asArray(entries)).changes
 
   return {
     // The batcher has no bound that it could refuse for.
-    put: event => puts.add(event) as Promise<boolean>,
-    async holds (claim) {
+    put: event => puts.add(event) as Promise<PutResult>,
+    async has (anonKey) {
       try {
-        return counts.waiting > 0 && sql.holds.all(claim).length > 0
+        return counts.waiting > 0 && sql.has.all(anonKey).length > 0 ? 'yes' : 'no'
       } catch (error) {
-        complain({ cause: (error as Error).message }, 'the outbox cannot be used')
-        return undefined
+        logError({ cause: (error as Error).message }, 'outbox unavailable')
+        return 'unknown'
       }
     },
-    take: async (count, after = '0') => counts.waiting > 0
-      ? (sql.take.all(Number(after), count, MAX_TAKE_BYTES) as WaitingRow[]).map(asEntry)
+    next: async (count, after = '0') => counts.waiting > 0
+      ? (sql.next.all(Number(after), count, MAX_NEXT_BYTES) as WaitingRow[]).map(asEntry)
       : [],
-    async done (entries) {
-      counts.waiting -= forget(entries)
+    async ack (entries) {
+      counts.waiting -= remove(entries)
       if (counts.waiting === 0 && counts.dead < MAX_COMMIT) shrink()
     },
-    async bury (letters) {
+    async deadLetter (letters) {
       const buried = transact(() => {
-        for (const { entry, reason } of letters) sql.bury.run(reason, Date.now(), Number(entry.id))
-        return forget(letters.map(({ entry }) => entry))
+        for (const { entry, reason } of letters) sql.deadLetter.run(reason, Date.now(), Number(entry.id))
+        return remove(letters.map(({ entry }) => entry))
       })
       counts.waiting -= buried
       counts.dead += buried

@@ -19,15 +19,15 @@ export function prepare (db: Database) {
   db.exec(SCHEMA)
   return {
     put: db.prepare('INSERT INTO waiting (claim, event) VALUES (?, ?)'),
-    holds: db.prepare('SELECT 1 FROM waiting WHERE claim = ? LIMIT 1'),
+    has: db.prepare('SELECT 1 FROM waiting WHERE claim = ? LIMIT 1'),
     waiting: db.prepare('SELECT id, event, endpoint FROM waiting WHERE id > ? ORDER BY id LIMIT ?'),
-    take: db.prepare(`SELECT id, event, endpoint FROM (
+    next: db.prepare(`SELECT id, event, endpoint FROM (
         SELECT *, sum(length(event)) OVER (ORDER BY id) - length(event) AS before
         FROM (SELECT * FROM waiting WHERE id > ? ORDER BY id LIMIT ?)
       ) WHERE before < ?`),
     dead: db.prepare('SELECT id, event, reason, died FROM dead WHERE id > ? ORDER BY id LIMIT ?'),
-    forget: db.prepare('DELETE FROM waiting WHERE id IN (SELECT value FROM json_each(?))'),
-    bury: db.prepare('INSERT INTO dead SELECT id, claim, event, ?, ? FROM waiting WHERE id = ?'),
+    remove: db.prepare('DELETE FROM waiting WHERE id IN (SELECT value FROM json_each(?))'),
+    deadLetter: db.prepare('INSERT INTO dead SELECT id, claim, event, ?, ? FROM waiting WHERE id = ?'),
     replay: db.prepare('INSERT INTO waiting (claim, event, endpoint) SELECT claim, event, ? FROM dead WHERE id = ?'),
     drop: db.prepare('DELETE FROM dead WHERE id IN (SELECT value FROM json_each(?))')
   }

@@ -4,14 +4,14 @@ import type { Delivery } from '../mixpanel/delivery.ts'
 import type { Log } from '../log.ts'
 import type { Verdict } from '../identity/verdict.ts'
 import type { Entry, Outbox } from '../outbox/outbox.ts'
-import { backoffMs, createPace } from './pauses.ts'
-import { choose, finalReason, isFailure, isLimit, isTooOld, isUnasked, maxRound, newPass } from './plan.ts'
-import { createSuspects } from './quarantine.ts'
+import { backoffMs, createPauses } from './pauses.ts'
+import { planRound, finalReason, isFailure, isLimit, isTooOld, isNotSent, maxRound, createPass } from './plan.ts'
+import { createQuarantine } from './quarantine.ts'
 
 interface Outcome { entry: Entry, verdict: Verdict }
 
 /** Another relay may have put something, or died. */
-const LOOK_AGAIN_MS = 1000
+const POLL_MS = 1000
 
 /** How long what is under way may take at the end of the process. */
 const LAST_ROUND_MS = 2000
@@ -21,43 +21,43 @@ const LAST_ROUND_MS = 2000
  * Entries with one claim are never under way together, so the first claim arrives first. Begins at once; the caller
  * must `stop` it before the outbox is closed.
  */
-export function createDrain (config: Config, outbox: Outbox, delivery: Delivery, log: Log) {
-  const most = maxRound(config)
-  const pace = createPace()
-  const suspects = createSuspects()
+export function createForwarder (config: Config, outbox: Outbox, delivery: Delivery, log: Log) {
+  const maxEntries = maxRound(config)
+  const pauses = createPauses()
+  const quarantine = createQuarantine()
   const state = { failures: 0, isAbandoned: false }
-  let pass = newPass()
+  let pass = createPass()
 
   async function run (): Promise<void> {
-    while (!pace.isStopped()) await attempt(round)
+    while (!pauses.isStopped()) await attempt(round)
   }
 
-  const attempt = (work: () => Promise<void>) => pace.attempt(work, error => {
-    log.error({ cause: error.message }, 'the outbox cannot be emptied')
+  const attempt = (work: () => Promise<void>) => pauses.attempt(work, error => {
+    log.error({ cause: error.message }, 'outbox delivery failed')
   })
 
   async function round (): Promise<void> {
-    const entries = await outbox.take(most, pass.after)
+    const entries = await outbox.next(maxEntries, pass.after)
     if (entries.length === 0) return nextPass()
     const old = entries.filter(entry => isTooOld(entry, config))
     await bury(old.map(entry => ({ entry, reason: 'older than 4.5 days' })))
     const fresh = entries.filter(entry => !old.includes(entry))
-    const { arrays, last } = choose(fresh, pass, suspects, config)
+    const { arrays, last } = planRound(fresh, pass, quarantine, config)
     // Many who stay behind must not hold up the event loop.
     if (arrays.length === 0) await setImmediate()
     const outcomes = (await Promise.all(arrays.map(deliver))).flat()
     if (state.isAbandoned) return
     // Before anything else is sent the outbox must know what has been.
-    while (!await attempt(() => settle(outcomes)) && !pace.isStopped());
+    while (!await attempt(() => settle(outcomes)) && !pauses.isStopped());
     pass.after = last
-    await adapt(outcomes)
+    await applyOutcomes(outcomes)
   }
 
   /** From the beginning again: at once if something was settled, for then others may follow. */
   async function nextPass (): Promise<void> {
-    const { isUseful, decided } = pass
-    pass = newPass(isUseful ? decided : undefined)
-    if (!isUseful) await pace.idle(LOOK_AGAIN_MS)
+    const { madeProgress, decided } = pass
+    pass = createPass(madeProgress ? decided : undefined)
+    if (!madeProgress) await pauses.idle(POLL_MS)
   }
 
   async function deliver (entries: Entry[]): Promise<Outcome[]> {
@@ -70,44 +70,44 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
   async function settle (outcomes: Outcome[]): Promise<void> {
     if (outcomes.length === 0) return
     const delivered = outcomes.filter(({ verdict }) => verdict.code === 'accepted').map(({ entry }) => entry)
-    if (delivered.length > 0) await outbox.done(delivered)
+    if (delivered.length > 0) await outbox.ack(delivered)
     const letters = outcomes.flatMap(({ entry, verdict }) => {
       const reason = finalReason(entry, verdict)
       return reason === undefined ? [] : [{ entry, reason }]
     })
     await bury(letters)
-    log.debug({ delivered: delivered.length, buried: letters.length, ...outbox.counts() }, 'a round of the outbox')
+    log.debug({ delivered: delivered.length, buried: letters.length, ...outbox.counts() }, 'outbox round delivered')
   }
 
   async function bury (letters: { entry: Entry, reason: string }[]): Promise<void> {
     if (letters.length === 0) return
-    await outbox.bury(letters)
+    await outbox.deadLetter(letters)
     const insertIds = letters.slice(0, 100).map(({ entry }) => entry.event.insertId)
-    log.warn({ identities: letters.length, insert_ids: insertIds }, 'cannot be delivered: dead letters')
+    log.warn({ identities: letters.length, insert_ids: insertIds }, 'identities dead-lettered')
   }
 
   /** Whom to leave aside, and how long to wait. */
-  async function adapt (outcomes: Outcome[]): Promise<void> {
+  async function applyOutcomes (outcomes: Outcome[]): Promise<void> {
     const failed: Verdict[] = []
     let settled = 0
     for (const { entry, verdict } of outcomes) {
-      const claim = entry.event.anonKey
+      const anonKey = entry.event.anonKey
       if (verdict.code === 'accepted' || finalReason(entry, verdict) !== undefined) {
-        suspects.settled(claim)
-        if (verdict.code === 'accepted' && pass.held.delete(claim)) pass.decided.add(claim)
+        quarantine.settled(anonKey)
+        if (verdict.code === 'accepted' && pass.deferred.delete(anonKey)) pass.decided.add(anonKey)
         settled++
         continue
       }
-      pass.held.add(claim)
+      pass.deferred.add(anonKey)
       // A suspect waits for itself. Others become suspects: it may be about one of them, or Mixpanel is out of reach.
-      if (!isFailure(verdict) || !suspects.has(claim)) failed.push(verdict)
-      if (isFailure(verdict)) suspects.failed(claim)
+      if (!isFailure(verdict) || !quarantine.has(anonKey)) failed.push(verdict)
+      if (isFailure(verdict)) quarantine.failed(anonKey)
     }
-    pass.isUseful ||= settled > 0
+    pass.madeProgress ||= settled > 0
     if (settled > 0 && !failed.some(isLimit)) {
       if (state.failures > 0) {
-        log.info(outbox.counts(), 'the outbox is drained again')
-        suspects.forgive()
+        log.info(outbox.counts(), 'outbox delivery resumed')
+        quarantine.release()
       }
       state.failures = 0
     } else if (failed.length > 0) {
@@ -116,24 +116,24 @@ export function createDrain (config: Config, outbox: Outbox, delivery: Delivery,
   }
 
   async function wait (failed: Verdict[]): Promise<void> {
-    pass = newPass()
+    pass = createPass()
     const retryAfterMs = Math.max(...failed.map(verdict => 'retryAfter' in verdict ? verdict.retryAfter * 1000 : 0))
-    if (failed.every(isUnasked)) return pace.outage(retryAfterMs)
-    if (state.failures++ === 0) log.warn({ code: failed[0]?.code, ...outbox.counts() }, 'the outbox waits for Mixpanel')
+    if (failed.every(isNotSent)) return pauses.outage(retryAfterMs)
+    if (state.failures++ === 0) log.warn({ code: failed[0]?.code, ...outbox.counts() }, 'outbox delivery paused')
     const ms = Math.max(backoffMs(state.failures), retryAfterMs)
-    await (delivery.isOpen() ? pace.outage(ms) : pace.backoff(ms))
+    await (delivery.isOpen() ? pauses.outage(ms) : pauses.backoff(ms))
   }
 
   const running = run()
 
   return {
     /** Something was put into the outbox. */
-    added: pace.added,
+    added: pauses.added,
     /** Mixpanel has taken something. */
-    recovered: pace.recovered,
+    recovered: pauses.recovered,
     /** Resolves when nothing is under way any more, or after two seconds; what is not settled stays in the outbox. */
     async stop (): Promise<void> {
-      pace.stop()
+      pauses.stop()
       let timer: NodeJS.Timeout | undefined
       await Promise.race([running, new Promise(resolve => { timer = setTimeout(resolve, LAST_ROUND_MS) })])
       clearTimeout(timer)

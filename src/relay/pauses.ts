@@ -10,7 +10,7 @@ const FAILED_MS = 1000
 export const backoffMs = (failures: number) => Math.min(1000 * 2 ** failures, 60_000) + 1000 + Math.random() * 4000
 
 /** The pauses of the drain, and what ends them early. */
-export function createPace () {
+export function createPauses () {
   let pause: { isIdle: boolean, earliest: number, end: () => void } | undefined
   let isStopped = false
 

@@ -2,11 +2,11 @@ import type { Config } from '../config.ts'
 import { MAX_REQUEST_BYTES, wireBytes } from '../mixpanel/client.ts'
 import { isTooLarge, type Verdict } from '../identity/verdict.ts'
 import type { Entry } from '../outbox/outbox.ts'
-import type { Suspects } from './quarantine.ts'
+import type { Quarantine } from './quarantine.ts'
 
 /** How many arrays may be under way at a time, and how many with a suspect: five failures open the breaker. */
-const ARRAYS = 8
-const MAX_ALONE = 2
+const MAX_ARRAYS = 8
+const MAX_QUARANTINED = 2
 
 /** The most identities in one round, which are in memory together. */
 const MAX_ROUND = 2000
@@ -16,7 +16,7 @@ const TRACK_MAX_AGE_MS = 4.5 * 24 * 3600 * 1000
 
 /** How many entries a round may have. */
 export function maxRound ({ MAX_BATCH: maxBatch }: Config): number {
-  return Math.min(MAX_ROUND, ARRAYS * maxBatch)
+  return Math.min(MAX_ROUND, MAX_ARRAYS * maxBatch)
 }
 
 /** True for what `/track` would no longer take. */
@@ -30,15 +30,15 @@ export interface Pass {
   /** The id of the last entry that was looked at. */
   after: string | undefined
   /** Claims of those who stay behind. */
-  held: Set<string>
+  deferred: Set<string>
   /** Claims of which one is accepted and others stayed behind: the anonymous id is taken. */
   decided: Set<string>
   /** Something was settled. */
-  isUseful: boolean
+  madeProgress: boolean
 }
 
-export const newPass = (decided = new Set<string>()): Pass =>
-  ({ after: undefined, held: new Set(), decided, isUseful: false })
+export const createPass = (decided = new Set<string>()): Pass =>
+  ({ after: undefined, deferred: new Set(), decided, madeProgress: false })
 
 /**
  * Those of `entries` that may be under way together, in arrays that are as full as they may be. Of a claim only one
@@ -46,42 +46,42 @@ export const newPass = (decided = new Set<string>()): Pass =>
  * to `held`. Where the claim is `decided`, order no longer matters. An array goes to one endpoint, and Mixpanel takes
  * its size; a suspect is alone. `last` is the id of the last entry that was looked at.
  */
-export function choose (
-  entries: Entry[], { held, decided }: Pick<Pass, 'held' | 'decided'>, suspects: Suspects, config: Config
+export function planRound (
+  entries: Entry[], { deferred, decided }: Pick<Pass, 'deferred' | 'decided'>, quarantine: Quarantine, config: Config
 ) {
   const pairs = new Map<string, string>()
   const arrays: Entry[][] = []
-  const alone: Entry[][] = []
+  const quarantined: Entry[][] = []
   /** The array that may take more. */
   let open: Entry[] = []
   let bytes = MAX_REQUEST_BYTES
   let last: string | undefined
   for (const entry of entries) {
-    const { anonKey: claim, insertId: pair } = entry.event
-    const isSuspect = suspects.has(claim)
-    const mustWait = suspects.isAside(claim) || (isSuspect && alone.length === MAX_ALONE)
-    const isSecond = !decided.has(claim) && (pairs.get(claim) ?? pair) !== pair
-    if (mustWait || isSecond) held.add(claim)
-    if (!held.has(claim)) {
+    const { anonKey, insertId: pair } = entry.event
+    const isQuarantined = quarantine.has(anonKey)
+    const mustWait = quarantine.isPaused(anonKey) || (isQuarantined && quarantined.length === MAX_QUARANTINED)
+    const isSecond = !decided.has(anonKey) && (pairs.get(anonKey) ?? pair) !== pair
+    if (mustWait || isSecond) deferred.add(anonKey)
+    if (!deferred.has(anonKey)) {
       const size = wireBytes(entry.event, config)
       const fits = open.length < config.MAX_BATCH && bytes + size <= MAX_REQUEST_BYTES &&
         open[0]?.endpoint === entry.endpoint
-      if (isSuspect) {
-        alone.push([entry])
+      if (isQuarantined) {
+        quarantined.push([entry])
       } else if (fits) {
         open.push(entry)
         bytes += size
       } else {
-        if (arrays.length === ARRAYS - MAX_ALONE) break
+        if (arrays.length === MAX_ARRAYS - MAX_QUARANTINED) break
         arrays.push(open = [entry])
         bytes = size
       }
-      pairs.set(claim, pair)
+      pairs.set(anonKey, pair)
     }
     last = entry.id
   }
   // Suspects last: when only one may be sent, to probe, it is not one of them.
-  return { arrays: [...arrays, ...alone], last }
+  return { arrays: [...arrays, ...quarantined], last }
 }
 
 /** Why an entry with this verdict will never be delivered; undefined if it is, or may be. */
@@ -96,10 +96,10 @@ export function finalReason ({ endpoint }: Entry, verdict: Verdict): string | un
 }
 
 /** True where Mixpanel was not even asked. */
-export const isUnasked = ({ code }: Verdict) => code === 'mixpanel_unavailable'
+export const isNotSent = ({ code }: Verdict) => code === 'mixpanel_unavailable'
 
 /** True where Mixpanel was asked, and takes no more for now. */
 export const isLimit = ({ code }: Verdict) => code === 'mixpanel_rate_limited'
 
 /** True where Mixpanel was asked, and failed. */
-export const isFailure = (verdict: Verdict) => !isUnasked(verdict) && !isLimit(verdict)
+export const isFailure = (verdict: Verdict) => !isNotSent(verdict) && !isLimit(verdict)

@@ -1,9 +1,9 @@
 import { createBatcher } from '../concurrency/batcher.ts'
 import type { Config } from '../config.ts'
-import { createDelivery, MAX_SENDS, NEVER_SENT, type Item } from '../mixpanel/delivery.ts'
+import { createDelivery, MAX_SENDS, NEVER_SENT, type OutgoingEvent } from '../mixpanel/delivery.ts'
 import { identifyEvent, type PendingEvent } from '../identity/event.ts'
 import type { Identity } from '../identity/identity.ts'
-import { createKeeper } from './store-and-forward.ts'
+import { createStoreAndForward } from './store-and-forward.ts'
 import type { Log } from '../log.ts'
 import { MAX_REQUEST_BYTES, MAX_SENT_BYTES, wireBytes, type Mixpanel } from '../mixpanel/client.ts'
 import type { Outbox } from '../outbox/outbox.ts'
@@ -19,7 +19,7 @@ export type Relay = ReturnType<typeof createRelay>
 const FREE_SENDS = 6
 
 /** How a caller wants it: validated by Mixpanel (`strict=1`), answered as soon as it is in the outbox (RFC 7240). */
-export interface Wishes { isStrict?: boolean, isAsync?: boolean }
+export interface IdentifyOptions { isStrict?: boolean, isAsync?: boolean }
 
 /**
  * What happens to an identity once it is accepted: it joins a batch, the batch is delivered, each gets its verdict.
@@ -27,7 +27,7 @@ export interface Wishes { isStrict?: boolean, isAsync?: boolean }
  */
 export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbox?: Outbox) {
   const delivery = createDelivery(config, mixpanel, log)
-  const batcher = createBatcher<Item, Verdict>({
+  const batcher = createBatcher<OutgoingEvent, Verdict>({
     send: delivery.deliver,
     maxBatch: config.MAX_BATCH,
     bytesOf: ({ event }) => wireBytes(event, config),
@@ -40,39 +40,39 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
     late: { afterMs: config.DEADLINE_MS * 0.9, result: NEVER_SENT },
     isAlone: item => item.isStrict
   })
-  const send = (item: Item): Promise<Verdict> => batcher.add(item) ?? Promise.resolve(OVERLOADED)
-  const keeper = outbox && createKeeper(config, { outbox, send, delivery, log })
+  const send = (item: OutgoingEvent): Promise<Verdict> => batcher.add(item) ?? Promise.resolve(OVERLOADED)
+  const storeAndForward = outbox && createStoreAndForward(config, { outbox, send, delivery, log })
 
   return {
     /**
      * Resolves with the identity's own verdict within DEADLINE_MS; rejects only on a bug. With MAX_IN_FLIGHT identities
      * waiting it is `overloaded` at once. A caller who goes away stops nothing: what is accepted is sent, or kept.
      */
-    identify (event: PendingEvent, { isStrict = false, isAsync = false }: Wishes = {}): Promise<Verdict> {
+    identify (event: PendingEvent, { isStrict = false, isAsync = false }: IdentifyOptions = {}): Promise<Verdict> {
       const item = { event, isStrict, deadline: performance.now() + config.DEADLINE_MS }
-      return keeper === undefined ? send(item) : keeper.identify(item, isAsync)
+      return storeAndForward === undefined ? send(item) : storeAndForward.identify(item, isAsync)
     },
 
     /** The event of an identity that is accepted now. */
-    accept: (identity: Identity) => identifyEvent(identity, Date.now()),
+    toEvent: (identity: Identity) => identifyEvent(identity, Date.now()),
 
     /** The event as it would be sent, with the token masked. */
     preview: mixpanel.preview,
 
     /** For people: how many identities' callers wait, what is in the outbox, and what Mixpanel said last. */
     state: () => ({
-      waiting: keeper?.waiting() ?? batcher.waiting(),
+      waiting: storeAndForward?.inFlight() ?? batcher.inFlight(),
       ...outbox && { outbox: outbox.counts() },
       ...delivery.state()
     }),
 
     /** Time is up: with an outbox, whoever still waits for Mixpanel is kept there instead. */
-    hurry: () => keeper?.hurry(),
+    stopWaiting: () => storeAndForward?.stopWaiting(),
 
     /** Resolves when nothing waits any more, for callers who have gone neither, and all is closed. */
     async close (): Promise<void> {
       // With an outbox everybody has been sent, kept or told otherwise when its keeper is closed.
-      await (keeper === undefined ? batcher.idle() : keeper.close())
+      await (storeAndForward === undefined ? batcher.idle() : storeAndForward.close())
       await mixpanel.close()
     }
   }

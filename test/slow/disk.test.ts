@@ -4,9 +4,9 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
-import { createCallers } from '../callers.ts'
+import { createCallers } from '../load.ts'
 import { startSandbox } from '../helper.ts'
-import { brokenPromises } from '../ledger.ts'
+import { violations } from '../delivery-check.ts'
 import { startServer } from '../scenarios.ts'
 
 t.test('a full disk: 503, never a 202 that is not on disk, and it goes on when there is room', async t => {
@@ -64,5 +64,5 @@ t.test('a full disk: 503, never a 202 that is not on disk, and it goes on when t
   await server.drained()
   t.equal(await server.kill('SIGTERM'), 0)
   t.comment(JSON.stringify(callers.told()))
-  t.same(brokenPromises(callers.calls, sandbox.ledger.rows(), { repeats: callers.calls.length }), [])
+  t.same(violations(callers.calls, sandbox.ledger.rows(), { repeats: callers.calls.length }), [])
 })

@@ -2,9 +2,9 @@ import { spawnSync } from 'node:child_process'
 import { copyFileSync, mkdirSync, truncateSync, writeFileSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t, type Test } from 'tap'
-import { createCallers } from '../callers.ts'
+import { createCallers } from '../load.ts'
 import { startSandbox, temporary, type Env } from '../helper.ts'
-import { brokenPromises } from '../ledger.ts'
+import { violations } from '../delivery-check.ts'
 import { startServer } from '../scenarios.ts'
 
 /** A file system of its own in `image`; false where that is not permitted, or mkfs.ext4 is not installed. */
@@ -51,7 +51,7 @@ async function powerCuts (t: Test, { cuts, env = {} as Env }: { cuts: number, en
     t.equal(await heir.kill('SIGTERM'), 0)
     // Nobody knows yet what the later ones were told.
     const calls = callers.calls.map(({ identity, status }, index) => index < count ? { identity, ...status && { status } } : { identity })
-    broken.push(...brokenPromises(calls, sandbox.ledger.rows()))
+    broken.push(...violations(calls, sandbox.ledger.rows()))
   }
   t.comment(`acknowledged at the cuts: ${told}`)
   return broken

@@ -1,8 +1,8 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
-import { createCallers } from '../callers.ts'
+import { createCallers } from '../load.ts'
 import { needsRedis, startRedis, startSandbox } from '../helper.ts'
-import { brokenPromises } from '../ledger.ts'
+import { violations } from '../delivery-check.ts'
 import { startServer } from '../scenarios.ts'
 
 t.test('two relays, one Redis, which is killed and stopped; one relay is killed as well', needsRedis, async t => {
@@ -59,5 +59,5 @@ t.test('two relays, one Redis, which is killed and stopped; one relay is killed 
   t.equal(await other!.kill('SIGTERM'), 0)
   t.comment(JSON.stringify(callers.told()))
   const repeats = callers.calls.length
-  t.same(brokenPromises(callers.calls, sandbox.ledger.rows(), { repeats, doubtful: 32 * faults }), [])
+  t.same(violations(callers.calls, sandbox.ledger.rows(), { repeats, doubtful: 32 * faults }), [])
 })

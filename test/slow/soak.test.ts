@@ -1,8 +1,8 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
-import { createCallers } from '../callers.ts'
+import { createCallers } from '../load.ts'
 import { startSandbox, temporary } from '../helper.ts'
-import { brokenPromises } from '../ledger.ts'
+import { violations } from '../delivery-check.ts'
 import { startServer } from '../scenarios.ts'
 
 const MINUTES = 3
@@ -49,5 +49,5 @@ t.test('three minutes of load and faults: memory does not grow, the outbox empti
     `heap ${(heap / 2 ** 20).toFixed(1)} MiB, ${(slope * 1000 / 1024).toFixed(1)} KiB for a thousand calls`)
   t.ok(late.length >= 15)
   t.ok(slope * 1000 < 20 * 1024, 'under 20 KiB for a thousand calls')
-  t.same(brokenPromises(callers.calls, sandbox.ledger.rows(), { repeats: callers.calls.length }), [])
+  t.same(violations(callers.calls, sandbox.ledger.rows(), { repeats: callers.calls.length }), [])
 })

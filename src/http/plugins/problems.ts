@@ -6,14 +6,14 @@ import fp from 'fastify-plugin'
 import type { Logger } from 'pino'
 import { BodyError } from '../body.ts'
 import type { Connections } from '../connections.ts'
-import { type Extras, problemBody, type ProblemCode, PROBLEMS } from '../problem.ts'
+import { type ProblemOptions, problemBody, type ProblemCode, PROBLEMS } from '../problem.ts'
 
 declare module 'fastify' {
   interface FastifyReply {
     /** Answers with a problem (RFC 9457); `retryAfter` is in seconds. */
-    problem: (code: ProblemCode, extras?: Extras) => FastifyReply
+    problem: (code: ProblemCode, extras?: ProblemOptions) => FastifyReply
     /** Logs what must not happen. */
-    bug: (error: Error) => void
+    logUnhandledError: (error: Error) => void
   }
 }
 
@@ -24,8 +24,8 @@ export const problems = fp<{ logger: Logger }>(async (app, { logger }) => {
     if (extras.retryAfter !== undefined) this.header('retry-after', extras.retryAfter)
     return send(this, code, extras)
   })
-  app.decorateReply('bug', function (error) {
-    logger.error({ err: error, request_id: this.request.id }, 'bug')
+  app.decorateReply('logUnhandledError', function (error) {
+    logger.error({ err: error, request_id: this.request.id }, 'unhandled error')
   })
   app.setErrorHandler<FastifyError>((error, request, reply) => {
     if (error instanceof BodyError) {
@@ -40,27 +40,28 @@ export const problems = fp<{ logger: Logger }>(async (app, { logger }) => {
       case 415: return reply.problem('unsupported_media_type')
       case 429: return reply.problem('too_many_requests')
       default:
-        reply.bug(error)
+        reply.logUnhandledError(error)
         return reply.problem('internal')
     }
   })
 })
 
-function send (reply: FastifyReply, code: ProblemCode, extras: Extras) {
+function send (reply: FastifyReply, code: ProblemCode, extras: ProblemOptions) {
   return reply.code(extras.status ?? PROBLEMS[code].status).header('content-type', 'application/problem+json')
     // As a string it would be given a charset, which JSON media types do not have.
     .send(Buffer.from(JSON.stringify(problemBody(code, reply.request.id, extras))))
 }
 
 /** For a URL that Fastify cannot route: no hook of ours sees the request, and its reply has no `problem`. */
-export const answerBadUrl = (logger: Logger) => (_: FastifyError, request: FastifyRequest, reply: FastifyReply) => {
-  const errors = [{ pointer: '', detail: 'must have a valid URL' }]
-  logger.info({ method: request.method, status: 400, code: 'invalid_request', request_id: request.id }, 'answered')
-  return send(reply.header('x-request-id', request.id), 'invalid_request', { errors })
-}
+export const handleFrameworkError = (logger: Logger) =>
+  (_: FastifyError, { method, id }: FastifyRequest, reply: FastifyReply) => {
+    const errors = [{ pointer: '', detail: 'must have a valid URL' }]
+    logger.info({ method, status: 400, code: 'invalid_request', request_id: id }, 'request completed')
+    return send(reply.header('x-request-id', id), 'invalid_request', { errors })
+  }
 
 /** For bytes that Node could not read as a request, or that came too slowly: answers, then closes the connection. */
-export const answerClientError = (logger: Logger, { refuseBytes }: Connections) =>
+export const handleClientError = (logger: Logger, { refuseBytes }: Connections) =>
   (error: NodeJS.ErrnoException, socket: Socket): void => {
     if (error.code === 'ECONNRESET') socket.destroy()
     else refuseBytes(socket, () => clientErrorAnswer(logger, error))
@@ -72,7 +73,7 @@ function clientErrorAnswer (logger: Logger, { code: cause }: NodeJS.ErrnoExcepti
   const id = randomUUID()
   const detail = `The request could not be read: ${title}.`
   const body = JSON.stringify(problemBody('invalid_request', id, { detail, errors: [{ pointer: '', detail }], status }))
-  logger.info({ status, code: 'invalid_request', cause, request_id: id }, 'answered')
+  logger.info({ status, code: 'invalid_request', cause, request_id: id }, 'request completed')
   return `HTTP/1.1 ${status} ${title}\r\nconnection: close\r\nx-request-id: ${id}\r\n` +
     `content-type: application/problem+json\r\ncontent-length: ${Buffer.byteLength(body)}\r\n\r\n${body}`
 }

@@ -1,6 +1,6 @@
 import type { FastifyRateLimitStore } from '@fastify/rate-limit'
-import { throttled, type Log } from '../../log.ts'
-import { inTime, SOON_MS, type Redis } from '../../redis.ts'
+import { throttledError, type Log } from '../../log.ts'
+import { withTimeout, FOREGROUND_TIMEOUT_MS, type Redis } from '../../redis.ts'
 
 /** How many callers are remembered. Beyond that the one whose window began first is forgotten. */
 const MAX_CALLERS = 100_000
@@ -51,14 +51,14 @@ export type RateLimitStore = FastifyRateLimitStore & {
  * together; while it fails or refuses, each goes by its own count, which it keeps all the time.
  */
 export function createRateLimitStore ({ max, windowMs, redis, log }: Options): RateLimitStore {
-  const countHere = createCounter(windowMs)
-  const complain = throttled((what, message) => log.warn(what, message), COMPLAINT_MS)
-  const countThere = redis && createSharedCounter(redis, windowMs)
+  const countLocally = createCounter(windowMs)
+  const logError = throttledError((what, message) => log.warn(what, message), COMPLAINT_MS)
+  const countShared = redis && createSharedCounter(redis, windowMs)
 
   function add (key: string, amount: number, most = max): Usage | Promise<Usage> {
-    const here = countHere(key, amount, most)
-    return countThere?.(key, amount, most).catch(error => {
-      complain({ cause: error.message }, 'rate limits are not shared')
+    const here = countLocally(key, amount, most)
+    return countShared?.(key, amount, most).catch(error => {
+      logError({ cause: error.message }, 'rate limit store unavailable')
       return here
     }) ?? here
   }
@@ -69,7 +69,7 @@ export function createRateLimitStore ({ max, windowMs, redis, log }: Options): R
       if ('then' in usage) usage.then(found => callback(null, found), error => callback(error))
       else callback(null, usage)
     },
-    countNow: key => redis === undefined && countHere(key, 1, max).current <= max,
+    countNow: key => redis === undefined && countLocally(key, 1, max).current <= max,
     // One budget for all routes.
     child: () => store,
     add: async (key, amount) => add(key, amount),
@@ -107,7 +107,7 @@ function createSharedCounter (
   const { identifyRateLimit: count } = connection as unknown as { identifyRateLimit: Script }
   return async (key: string, amount: number, most: number): Promise<Usage> => {
     const command = count.call(connection, prefix + key, amount, most, windowMs)
-    const [current, ttl] = await inTime(connection, SOON_MS, command)
+    const [current, ttl] = await withTimeout(connection, FOREGROUND_TIMEOUT_MS, command)
     return { current, ttl }
   }
 }

@@ -1,7 +1,7 @@
 import rateLimit, { type FastifyRateLimitStoreCtor } from '@fastify/rate-limit'
 import type { FastifyReply, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
-import { projectOf, type Config } from '../../config.ts'
+import { projectFingerprint, type Config } from '../../config.ts'
 import type { Log } from '../../log.ts'
 import type { Redis } from '../../redis.ts'
 import { addressKey } from '../address.ts'
@@ -13,7 +13,7 @@ declare module 'fastify' {
      * Counts `amount` more against the limit of a request's caller. Resolves with undefined, or where that is too much
      * with the whole seconds until the caller's window ends; then nothing is counted.
      */
-    countMore: (request: FastifyRequest, amount: number) => Promise<number | undefined>
+    countIdentities: (request: FastifyRequest, amount: number) => Promise<number | undefined>
     /** Counts `amount` against the limit of an address, whether it allows it or not. */
     charge: (address: string, amount: number) => void
   }
@@ -22,11 +22,10 @@ declare module 'fastify' {
 interface Options { config: Config, redis?: Redis | undefined, log: Log }
 
 /** Every request counts against its caller's limit, whatever becomes of it; only health is free. */
-export const limits = fp<Options>(async (app, { config, redis, log }) => {
+export const rateLimits = fp<Options>(async (app, { config, redis, log }) => {
   const { RATE_LIMIT_MAX: max, RATE_LIMIT_WINDOW_MS: windowMs } = config
-  const store = createRateLimitStore({
-    max, windowMs, log, redis: redis && { connection: redis, prefix: `identify-relay:${projectOf(config)}:limit:` }
-  })
+  const prefix = `identify-relay:${projectFingerprint(config)}:limit:`
+  const store = createRateLimitStore({ max, windowMs, log, redis: redis && { connection: redis, prefix } })
   const keyGenerator = ({ ip }: FastifyRequest) => addressKey(ip)
   await app.register(rateLimit, {
     global: false,
@@ -42,12 +41,12 @@ export const limits = fp<Options>(async (app, { config, redis, log }) => {
   // Its type is that of a hook with `done`; it returns a promise instead, and takes none.
   const limit = app.rateLimit() as unknown as (request: FastifyRequest, reply: FastifyReply) => Promise<void>
   app.addHook('onRequest', (request, reply, done) => {
-    if (request.route.config.quiet || store.countNow(keyGenerator(request))) done()
+    if (request.route.config.unlogged || store.countNow(keyGenerator(request))) done()
     else limit(request, reply).then(() => done(), done)
   })
 
   app.decorate('charge', (address, amount) => { store.charge(address, amount).catch(() => {}) })
-  app.decorate('countMore', async (request, amount) => {
+  app.decorate('countIdentities', async (request, amount) => {
     const { current, ttl } = await store.add(keyGenerator(request), amount)
     return current > max ? Math.ceil(ttl / 1000) : undefined
   })

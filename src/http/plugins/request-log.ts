@@ -23,7 +23,7 @@ declare module 'fastify' {
     since: number
   }
   /** `quiet`: the route's requests are not logged. */
-  interface FastifyContextConfig { quiet?: boolean }
+  interface FastifyContextConfig { unlogged?: boolean }
 }
 
 const instance = randomBytes(8).toString('hex')
@@ -39,7 +39,7 @@ export function requestId ({ headers }: Pick<IncomingMessage, 'headers'>): strin
  * What every request gets: an id, and a log line when it is answered, even if its caller has gone by then. These hooks
  * are on the path of every identity, so they make no promises.
  */
-export const requests = fp<{ logger: Logger }>(async (app, { logger }) => {
+export const requestLog = fp<{ logger: Logger }>(async (app, { logger }) => {
   type WithStream = { [symbols.streamSym]: { write: (line: string) => void } }
   const { [symbols.streamSym]: stream } = logger as unknown as WithStream
   const level = logger.levels.values.info as number
@@ -58,7 +58,7 @@ export const requests = fp<{ logger: Logger }>(async (app, { logger }) => {
   })
 
   app.addHook('onSend', (request, reply, payload, done) => {
-    if (isLogged && !request.route.config.quiet) stream.write(accessLine(level, request, reply))
+    if (isLogged && !request.route.config.unlogged) stream.write(accessLine(level, request, reply))
     done(null, payload)
   })
 })
@@ -73,5 +73,5 @@ function accessLine (level: number, { method, route, id, since }: FastifyRequest
   const ms = Math.round((performance.now() - since) * 10) / 10
   return `{"level":${level},"time":${Date.now()},"method":"${method}",` +
     `"route":${route.url === undefined ? null : `"${route.url}"`},"status":${reply.statusCode},"ms":${ms},` +
-    `"request_id":"${id}","caller":"anonymous"${known === '{}' ? '' : `,${known.slice(1, -1)}`},"msg":"answered"}\n`
+    `"request_id":"${id}","caller":"anonymous"${known === '{}' ? '' : `,${known.slice(1, -1)}`},"msg":"request completed"}\n`
 }

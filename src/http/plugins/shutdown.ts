@@ -6,8 +6,8 @@ import type { Relay } from '../../relay/relay.ts'
 declare module 'fastify' {
   interface FastifyInstance {
     /** From now on not ready, and every answer closes its connection; requests are still served. */
-    drain: () => void
-    isDraining: () => boolean
+    beginShutdown: () => void
+    isShuttingDown: () => boolean
   }
 }
 
@@ -21,13 +21,13 @@ const LAST_LOOK_MS = 500
 const QUIET_TURNS = 3
 
 /** A process ends in two steps: `drain` sends callers elsewhere, `close` refuses those who come all the same. */
-export const draining = fp<{ relay: Relay }>(async (app, { relay }) => {
+export const shutdown = fp<{ relay: Relay }>(async (app, { relay }) => {
   let state: 'serving' | 'draining' | 'closing' = 'serving'
   let timer: NodeJS.Timeout | undefined
-  app.decorate('drain', () => { state = 'draining' })
-  app.decorate('isDraining', () => state !== 'serving')
+  app.decorate('beginShutdown', () => { state = 'draining' })
+  app.decorate('isShuttingDown', () => state !== 'serving')
   app.addHook('preClose', async () => {
-    await readWhatCame(app.server)
+    await acceptPendingConnections(app.server)
     state = 'closing'
     // Node waits for every connection, silent and stalled ones included, and once it closes it times none of them out.
     let isIdle = false
@@ -44,7 +44,7 @@ export const draining = fp<{ relay: Relay }>(async (app, { relay }) => {
 })
 
 /** Where the process got no time for a while, it is told to close before it has read what came meanwhile. */
-async function readWhatCame (server: Server): Promise<void> {
+async function acceptPendingConnections (server: Server): Promise<void> {
   let connections = 0
   server.on('connection', () => connections++)
   const end = performance.now() + LAST_LOOK_MS

@@ -5,16 +5,16 @@ import type { Slices } from '../../concurrency/slices.ts'
 import type { Config } from '../../config.ts'
 import { isTooLarge, type PendingEvent } from '../../identity/event.ts'
 import {
-  brokenRules, Identity, MAX_IDENTITY_BYTES, surplusNames, type FieldError
+  checkRules, Identity, MAX_IDENTITY_BYTES, checkSize, type FieldError
 } from '../../identity/identity.ts'
 import type { Verdict } from '../../identity/verdict.ts'
 import type { Relay } from '../../relay/relay.ts'
 import type { Bodies } from '../body.ts'
 import { checkUtf8, outline, parseJson } from '../json.ts'
 import {
-  asFieldErrors, fieldErrors, MAX_ERRORS, problemBody, problemResponses, type Extras, type ProblemCode
+  asFieldErrors, fieldErrors, MAX_ERRORS, problemBody, problemResponses, type ProblemOptions, type ProblemCode
 } from '../problem.ts'
-import { answerQueued, asProblem, BODY_TYPES, forIdentities, Headers, prefersAsync, TOO_LONG } from './responses.ts'
+import { answerQueued, toProblem, BODY_TYPES, identityRoute, Headers, prefersAsync, TOO_LONG } from './responses.ts'
 
 declare module 'fastify' {
   interface FastifyContextConfig {
@@ -55,10 +55,10 @@ const Results = Type.Object({
 interface Options { relay: Relay, config: Pick<Config, 'RATE_LIMIT_MAX'>, bodies: Bodies, nextSlice: Slices }
 
 /** The event of an identity, or what is wrong with it. */
-type Looked = PendingEvent | FieldError[]
+type Parsed = PendingEvent | FieldError[]
 
 /** Why a whole batch is refused. */
-type Refusal = Extras & { code: ProblemCode, headers?: Record<string, number> }
+type Refusal = ProblemOptions & { code: ProblemCode, headers?: Record<string, number> }
 
 /** What is wrong with an identity, or what became of it, or the bug that it met. */
 type Outcome = FieldError[] | Verdict | Error
@@ -71,7 +71,7 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
   })
 
   app.post('/identify/batch', {
-    ...forIdentities,
+    ...identityRoute,
     config: { body: identitiesOf(Identity) } satisfies FastifyContextConfig,
     schema: {
       operationId: 'identifyBatch',
@@ -82,7 +82,7 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
       response: { 200: Results, 202: Results, 207: Results, ...problemResponses() }
     }
   }, async (request, reply) => {
-    const looked = await lookAt(request)
+    const looked = await readBatch(request)
     if (!Array.isArray(looked)) return reply.headers(looked.headers ?? {}).problem(looked.code, looked)
 
     const isAsync = prefersAsync(request.headers.prefer)
@@ -97,7 +97,7 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
         return { index, status: outcome.code }
       }
       failed++
-      if (outcome instanceof Error) reply.bug(outcome)
+      if (outcome instanceof Error) reply.logUnhandledError(outcome)
       const [code, extras] = problemOf(outcome)
       retryAfter = Math.max(retryAfter, extras.retryAfter ?? 0)
       return { index, status: 'failed', problem: problemBody(code, request.id, extras) }
@@ -112,11 +112,11 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
    * What each identity of a batch is, or why the batch as a whole is refused. A function of its own: while the events
    * wait for Mixpanel nothing may hold the body, which is as much memory again.
    */
-  async function lookAt (request: FastifyRequest): Promise<Looked[] | Refusal> {
+  async function readBatch (request: FastifyRequest): Promise<Parsed[] | Refusal> {
     await nextSlice()
     const body = checkUtf8(request.body as Buffer | undefined ?? NO_BYTES)
     request.body = undefined
-    const found = find(request, body)
+    const found = locateIdentities(request, body)
     const errors = 'errors' in found ? found.errors : fieldErrors(request)
     if ('errors' in found || errors.length > 0) return { code: 'invalid_request', errors }
     const { count, bounds } = found
@@ -125,19 +125,19 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
       return { code: 'invalid_request', errors: [{ pointer: '/identities', detail }] }
     }
     // The request itself has been counted.
-    const wait = count > 1 ? await app.countMore(request, count - 1) : undefined
+    const wait = count > 1 ? await app.countIdentities(request, count - 1) : undefined
     if (wait !== undefined) {
       const headers = { 'ratelimit-limit': limit, 'ratelimit-remaining': 0, 'ratelimit-reset': wait }
       return { code: 'too_many_requests', retryAfter: wait, headers }
     }
     // Nothing is sent before all of the body is known to be JSON.
-    const looked: Looked[] = []
+    const looked: Parsed[] = []
     let room = MAX_ERRORS
     let isAnyObject = false
     for (let index = 0; index < count; index++) {
       await nextSlice()
-      const one = look(request, body, bounds[2 * index] as number, bounds[2 * index + 1] as number)
-      isAnyObject ||= one !== NO_OBJECT
+      const one = readIdentity(request, body, bounds[2 * index] as number, bounds[2 * index + 1] as number)
+      isAnyObject ||= one !== NOT_AN_OBJECT
       looked.push(Array.isArray(one) ? one.slice(0, room) : one)
       if (Array.isArray(one)) room = Math.max(0, room - one.length)
     }
@@ -149,26 +149,26 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
   }
 
   /** The event of an identity, or what is wrong with it, its pointers relative to it. Throws where it is no JSON. */
-  function look (request: FastifyRequest, body: Buffer, start: number, end: number): Looked {
+  function readIdentity (request: FastifyRequest, body: Buffer, start: number, end: number): Parsed {
     if (end - start > MAX_IDENTITY_BYTES) return [TOO_LONG]
     const identity = parseJson(body, start, end)
-    if (typeof identity !== 'object' || identity === null || Array.isArray(identity)) return NO_OBJECT
-    const surplus = surplusNames(identity)
+    if (typeof identity !== 'object' || identity === null || Array.isArray(identity)) return NOT_AN_OBJECT
+    const surplus = checkSize(identity)
     if (surplus.length > 0) return surplus
     const validate = request.compileValidationSchema(Identity)
-    const errors = [...validate(identity) ? [] : asFieldErrors(validate.errors), ...brokenRules(identity)]
+    const errors = [...validate(identity) ? [] : asFieldErrors(validate.errors), ...checkRules(identity)]
     if (errors.length > 0) return errors
-    const event = relay.accept(identity as Identity)
+    const event = relay.toEvent(identity as Identity)
     return isTooLarge(event) ? [TOO_LONG] : event
   }
 }
 
 const NO_BYTES = Buffer.alloc(0)
 const MUST_BE_OBJECT = 'must be object'
-const NO_OBJECT: FieldError[] = [{ pointer: '', detail: MUST_BE_OBJECT }]
+const NOT_AN_OBJECT: FieldError[] = [{ pointer: '', detail: MUST_BE_OBJECT }]
 
 /** Where the identities of a body stand, or what is wrong with all of it. Throws a BodyError where it is no JSON. */
-function find (
+function locateIdentities (
   request: FastifyRequest, body: Buffer
 ): { errors: FieldError[] } | { count: number, bounds: number[] } {
   const found = outline(body, MAX_IDENTITIES)
@@ -179,7 +179,7 @@ function find (
     return { errors: [{ pointer: '', detail: 'must not have other fields than identities' }] }
   }
   const outer = parseJson(Buffer.from(found.text))
-  const surplus = surplusNames(outer)
+  const surplus = checkSize(outer)
   if (surplus.length > 0) return { errors: surplus }
   const validate = request.compileValidationSchema(Outline)
   if (!validate(outer)) return { errors: asFieldErrors(validate.errors) }
@@ -189,9 +189,9 @@ function find (
 }
 
 /** The problem of an identity that is neither accepted nor queued. */
-function problemOf (outcome: Outcome): [code: ProblemCode, extras: Extras] {
+function problemOf (outcome: Outcome): [code: ProblemCode, extras: ProblemOptions] {
   if (outcome instanceof Error) return ['internal', {}]
-  if (!Array.isArray(outcome)) return asProblem(outcome as Parameters<typeof asProblem>[0])
+  if (!Array.isArray(outcome)) return toProblem(outcome as Parameters<typeof toProblem>[0])
   return ['invalid_request', outcome.length > 0 ? { errors: outcome } : { detail: UNLISTED }]
 }
 

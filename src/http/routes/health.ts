@@ -9,10 +9,10 @@ const Health = Type.Object({
 /** What goes on, for people. */
 type Parts = () => Record<string, unknown>
 
-const quietly = { quiet: true }
+const unlogged = { quiet: true }
 
 /** For orchestrators. Readiness says nothing of Mixpanel: to bypass or restart a relay heals no outage. */
-export const operations: FastifyPluginAsyncTypebox<{ parts: Parts }> = async (app, { parts }) => {
+export const health: FastifyPluginAsyncTypebox<{ parts: Parts }> = async (app, { parts }) => {
   /** `?verbose` shows the parts. */
   const health = (status: string, query: object) => 'verbose' in query ? { status, parts: parts() } : { status }
   const schema = (operationId: string, summary: string) => ({
@@ -20,13 +20,13 @@ export const operations: FastifyPluginAsyncTypebox<{ parts: Parts }> = async (ap
   })
 
   for (const name of ['livez', 'healthz']) {
-    app.get(`/${name}`, { config: quietly, schema: schema(name, 'Is the process alive?') },
+    app.get(`/${name}`, { config: unlogged, schema: schema(name, 'Is the process alive?') },
       async ({ query }) => health('alive', query))
   }
 
   const ready = schema('readyz', 'May it be sent requests? Not from the moment of SIGTERM.')
-  app.get('/readyz', { config: quietly, schema: { ...ready, response: { 200: Health, 503: Health } } },
-    async ({ query }, reply) => app.isDraining()
+  app.get('/readyz', { config: unlogged, schema: { ...ready, response: { 200: Health, 503: Health } } },
+    async ({ query }, reply) => app.isShuttingDown()
       ? reply.code(503).send(health('draining', query))
       : health('ready', query))
 }

@@ -2,11 +2,11 @@ import type { FastifyPluginAsyncTypebox } from '@fastify/type-provider-typebox'
 import { Type } from '@sinclair/typebox'
 import type { Slices } from '../../concurrency/slices.ts'
 import { isTooLarge } from '../../identity/event.ts'
-import { brokenRules, Identity, MAX_IDENTITY_BYTES, surplusNames } from '../../identity/identity.ts'
+import { checkRules, Identity, MAX_IDENTITY_BYTES, checkSize } from '../../identity/identity.ts'
 import { parseAsJson, type Bodies } from '../body.ts'
 import { fieldErrors, problemResponses } from '../problem.ts'
 import type { Relay } from '../../relay/relay.ts'
-import { answerQueued, asProblem, BODY_TYPES, forIdentities, Headers, prefersAsync, TOO_LONG } from './responses.ts'
+import { answerQueued, toProblem, BODY_TYPES, identityRoute, Headers, prefersAsync, TOO_LONG } from './responses.ts'
 
 const Flag = (description: string) =>
   Type.Optional(Type.Unsafe<'0' | '1'>({ type: 'string', enum: ['0', '1'], description }))
@@ -48,9 +48,9 @@ export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay,
   })
 
   app.post('/identify', {
-    ...forIdentities,
+    ...identityRoute,
     preValidation ({ body }, reply, done) {
-      const errors = surplusNames(body, MAX_NAMED_FIELDS)
+      const errors = checkSize(body, MAX_NAMED_FIELDS)
       if (errors.length > 0) reply.problem('invalid_request', { errors })
       else done()
     },
@@ -66,11 +66,11 @@ export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay,
       }
     }
   }, async (request, reply) => {
-    const errors = brokenRules(request.body)
+    const errors = checkRules(request.body)
     if (request.validationError || errors.length > 0) {
       return reply.problem('invalid_request', { errors: [...fieldErrors(request), ...errors] })
     }
-    const event = relay.accept(request.body)
+    const event = relay.toEvent(request.body)
     if (isTooLarge(event)) return reply.problem('invalid_request', { errors: [TOO_LONG] })
     // Not needed any more. While the event waits for Mixpanel it would hold as much memory again.
     request.body = undefined as never
@@ -81,6 +81,6 @@ export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay,
     if (verdict.code === 'accepted') return reply.header('content-type', JSON_TYPE).send(ACCEPTED as never)
     if ('cause' in verdict) reply.logLine.cause = verdict.cause
     if (verdict.code === 'queued') return answerQueued(reply, isAsync).send({ status: 'queued' })
-    return reply.problem(...asProblem(verdict))
+    return reply.problem(...toProblem(verdict))
   })
 }

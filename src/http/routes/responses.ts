@@ -1,12 +1,12 @@
 import { Type } from '@sinclair/typebox'
 import type { FastifyReply } from 'fastify'
 import { tooLong } from '../body.ts'
-import type { Extras, ProblemCode } from '../problem.ts'
+import type { ProblemOptions, ProblemCode } from '../problem.ts'
 import { MAX_IDENTITY_BYTES, type FieldError } from '../../identity/identity.ts'
 import type { Verdict } from '../../identity/verdict.ts'
 
 /** Of both routes: they report what the schema found together with the rules that no schema can express. */
-export const forIdentities = { attachValidation: true }
+export const identityRoute = { attachValidation: true }
 
 /** What is wrong with an identity of too many bytes. */
 export const TOO_LONG: FieldError = { pointer: '', detail: tooLong(MAX_IDENTITY_BYTES) }
@@ -31,9 +31,9 @@ export function answerQueued (reply: FastifyReply, isAsync: boolean): FastifyRep
 }
 
 /** A verdict's code is a problem's code: the table of problems is the table of verdicts. */
-export function asProblem (
+export function toProblem (
   verdict: Exclude<Verdict, { code: 'accepted' | 'queued' }>
-): [code: ProblemCode, extras: Extras] {
+): [code: ProblemCode, extras: ProblemOptions] {
   return [verdict.code, {
     ...'reason' in verdict && { detail: verdict.reason },
     ...'retryAfter' in verdict && { retryAfter: verdict.retryAfter }

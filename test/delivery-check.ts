@@ -23,7 +23,7 @@ export interface Allowance { repeats?: number, dead?: Iterable<string>, doubtful
  * - what came more than once is the same to the last byte, and no more often than allowed;
  * - the first who was told 200 or 202 for an anonymous id is the first of whom Mixpanel heard.
  */
-export function brokenPromises (calls: Call[], rows: readonly Row[], { repeats = 0, dead = [], doubtful = 0 }: Allowance = {}): string[] {
+export function violations (calls: Call[], rows: readonly Row[], { repeats = 0, dead = [], doubtful = 0 }: Allowance = {}): string[] {
   const broken: string[] = []
   const letters = new Set(dead)
   const arrived = new Map<string, Row[]>()

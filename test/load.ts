@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
-import type { Call } from './ledger.ts'
+import type { Call } from './delivery-check.ts'
 
 /** `async` is the share of those who prefer not to wait. */
 interface Options { async?: number, pauseMs?: number }
