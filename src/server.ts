@@ -14,9 +14,6 @@ const { fstatSync, readFileSync } = await import('node:fs')
 const { ConfigError, readConfig, SECRETS } = await import('./config.ts')
 type Config = import('./config.ts').Config
 
-/** How often the relay looks whether npm still runs. */
-const NPM_CHECK_MS = 500
-
 const commands = new Map(Object.entries({
   serve: runServe,
   async healthcheck (config: Config) {
@@ -46,8 +43,8 @@ const commands = new Map(Object.entries({
 }))
 
 async function runServe (config: Config): Promise<void> {
-  const [{ pino }, { createDestination, fileSink, streamSink }, { openFilesLimit, parentOf, serve }] =
-    await Promise.all([import('pino'), import('./log.ts'), import('./commands/serve.ts')])
+  const [{ createDestination, createLog, fileSink, streamSink }, { openFilesLimit, serve }] =
+    await Promise.all([import('./log.ts'), import('./commands/serve.ts')])
   const stats = fstatSync(1)
   const isStream = stats.isFIFO() || stats.isSocket() || process.stdout.isTTY
   const destination = createDestination(isStream ? streamSink(process.stdout) : fileSink(1))
@@ -58,26 +55,12 @@ async function runServe (config: Config): Promise<void> {
     /* c8 ignore next -- of a process that is killed there is no coverage; test/slow/signals.test.ts */
     if (isStuck) process.kill(process.pid, 'SIGKILL')
   })
-  const logger = pino({ level: config.LOG_LEVEL, base: null }, destination)
-  const { end } = await serve(config, logger, openFilesLimit(() => readFileSync('/proc/self/limits', 'utf8')))
+  const log = createLog(config.LOG_LEVEL, destination)
+  const { end } = await serve(config, log, openFilesLimit(() => readFileSync('/proc/self/limits', 'utf8')))
   for (const signal of END_SIGNALS) process.off(signal, endStart)
-  if (process.env.npm_lifecycle_event === 'start') endWithNpm(end, parentOf)
-}
-
-/** Ends the relay when npm is gone. People and supervisors signal `npm start`, which ends only the shell between. */
-function endWithNpm (end: () => void, parentOf: (read: () => string) => string): void {
-  const before = ancestors(parentOf)
-  const timer = setInterval(() => {
-    if (ancestors(parentOf) === before) return
-    clearInterval(timer)
-    end()
-  }, NPM_CHECK_MS).unref()
-}
-
-/** The ids of this process's parent, the shell, and where the system tells it of the shell's parent, npm. */
-function ancestors (parentOf: (read: () => string) => string): string {
-  const { ppid } = process
-  return `${ppid} ${parentOf(() => readFileSync(`/proc/${ppid}/stat`, 'utf8'))}`
+  if (process.env.npm_lifecycle_event !== 'start') return
+  const { whenOrphaned } = await import('./commands/npm-parent.ts')
+  whenOrphaned(() => process.ppid, pid => readFileSync(`/proc/${pid}/stat`, 'utf8'), end)
 }
 
 /** The exit code is 0, or 1 after one sentence for each mistake on standard error. */

@@ -131,7 +131,7 @@ t.test('a caller who goes away harms nobody, is sent, logged, and not waited for
   await sleep(1000)
   t.equal(arrived(relay).flat().length, 10)
   t.equal(relay.logged().filter(line => line.msg === 'request completed' && line.insert_id !== undefined).length, 10)
-  t.equal(relay.relay.state().waiting, 0)
+  t.equal(relay.relay.state().in_flight, 0)
 })
 
 t.test('close waits for what is accepted, its caller gone or not', async t => {

@@ -93,10 +93,11 @@ t.test('every mistake is one sentence, all of them at once, and no value is told
   t.same(mistakes({ PORT: 'x', MAX_BATCH: '0', HOST: '0.0.0.0' }).map(sentence => sentence.split(' ')[0]), ['MIXPANEL_TOKEN', 'MAX_BATCH', 'PORT', 'HOST'])
 })
 
-t.test('the README and .env.example know every variable and its default', async t => {
+t.test('docs/configuration.md and .env.example name every variable and its default', async t => {
   const example = readFileSync('.env.example', 'utf8')
-  const readme = readFileSync('README.md', 'utf8')
-  const documented = [...readme.matchAll(/^\| `([A-Z_]+)`(?: ⚿)? \| (.*?) \|/gm)].map(([, name, value]) => [name, value])
+  const page = readFileSync('docs/configuration.md', 'utf8')
+  const rows = (text: string) => [...text.matchAll(/^\| `([A-Z_]+)`(?: ⚿)? \| (.*?) \|/gm)].map(([, name, value]) => [name, value])
+  const documented = rows(page)
   t.same(documented.map(([name]) => name).sort(), Object.keys(Environment.properties).sort())
   for (const [name, schema] of Object.entries(Environment.properties) as [string, { default?: unknown }][]) {
     t.match(example, new RegExp(`^#?${name}=`, 'm'), `${name} in .env.example`)
@@ -104,5 +105,8 @@ t.test('the README and .env.example know every variable and its default', async 
     const told = Object.fromEntries(documented)[name]
     if (value !== undefined && String(value) !== '') t.equal(told, `\`${value}\``, name)
   }
-  for (const name of SECRETS) t.match(readme, `\`${name}\` ⚿`)
+  for (const name of SECRETS) t.match(page, `\`${name}\` ⚿`)
+  const usual = rows(readFileSync('README.md', 'utf8'))
+  t.equal(usual.length, 6)
+  for (const [name, value] of usual) t.equal(value, Object.fromEntries(documented)[name!], `${name} in README.md`)
 })

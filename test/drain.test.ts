@@ -32,17 +32,17 @@ function start (t: Test, count: number, answer: (items: OutgoingEvent[]) => Verd
   const breaker = createBreaker()
   const asked: number[] = []
   const outbox = {
-    async take (most: number, after = '-1') {
+    async next (most: number, after = '-1') {
       if (store.isBroken) throw new Error('the disk is gone')
       const taken = entries.filter(({ id }) => Number(id) > Number(after)).slice(0, most)
       if (taken.length > 0) rounds.push({ at: Date.now(), arrays: [] })
       return taken
     },
-    async done (done: Entry[]) {
+    async ack (done: Entry[]) {
       if (store.isBroken) throw new Error('the disk is gone')
       entries = entries.filter(entry => !done.includes(entry))
     },
-    async bury (letters: { entry: Entry }[]) { entries = entries.filter(entry => !letters.some(letter => letter.entry === entry)) },
+    async deadLetter (letters: { entry: Entry }[]) { entries = entries.filter(entry => !letters.some(letter => letter.entry === entry)) },
     counts: () => ({ waiting: entries.length, dead: 0 })
   } as unknown as Outbox
   const delivery = {
@@ -52,13 +52,14 @@ function start (t: Test, count: number, answer: (items: OutgoingEvent[]) => Verd
       asked.push(Date.now())
       rounds.at(-1)?.arrays.push(items.length)
       const verdicts = answer(items)
-      breaker.record(!('again' in verdicts[0]!))
+      breaker.record(!('isTransient' in verdicts[0]!))
       return verdicts
     },
     isOpen: breaker.isOpen
   } as unknown as Delivery
   const say = (what: object, message: string) => { said.push(message) }
   const drain = createForwarder(readConfig({ MIXPANEL_TOKEN: 'x', ...env }, () => ''), outbox, delivery, { debug () {}, info: say, warn: say, error: say })
+  drain.start()
   const turn = async () => { for (let count = 0; count < 50; count++) await new Promise(resolve => setImmediate(resolve)) }
   return {
     drain,

@@ -1,7 +1,7 @@
 import { connect } from 'node:net'
 import type { AddressInfo } from 'node:net'
 import fc from 'fast-check'
-import { pino } from 'pino'
+import { createLog } from '../src/log.ts'
 import { t } from 'tap'
 import { readConfig } from '../src/config.ts'
 import { buildApp } from '../src/http/app.ts'
@@ -195,7 +195,7 @@ t.test('health, readiness and the end', async t => {
   const port = await listen(relay)
   for (const url of ['/livez', '/healthz']) t.same((await inject({ url })).json(), { status: 'alive' })
   t.same((await inject({ url: '/readyz' })).json(), { status: 'ready' })
-  t.match((await inject({ url: '/livez?verbose' })).json().parts, { waiting: 0, last_verdict: null })
+  t.match((await inject({ url: '/livez?verbose' })).json().parts, { in_flight: 0, last_verdict: null })
   sandbox.faults.add({ name: 'unauthorized' })
   await post(identity())
   t.match((await inject({ url: '/readyz?verbose' })), { statusCode: 200 }, 'never depends on Mixpanel')
@@ -359,8 +359,8 @@ t.test('a page that could not be read is read again', async t => {
   const config = readConfig({ MIXPANEL_TOKEN: 'x' }, () => '')
   let count = 0
   const app = await buildApp(config, {
-    relay: { close: async () => {}, state: () => ({}) } as never,
-    logger: pino({ level: 'silent' }),
+    relay: { stop: async () => {}, state: () => ({}) } as never,
+    ...createLog('silent', { write () {} }),
     async document () {
       if (count++ === 0) throw new Error('EMFILE')
       return { openapi: '3.1.0' }

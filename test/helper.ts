@@ -5,13 +5,12 @@ import { mkdtempSync, rmSync } from 'node:fs'
 import { connect, createServer, type AddressInfo } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
-import { Writable } from 'node:stream'
-import { pino } from 'pino'
 import type { Test } from 'tap'
 import { buildApp } from '../src/http/app.ts'
 import { readConfig } from '../src/config.ts'
 import { createMixpanel } from '../src/mixpanel/client.ts'
 import { openapi } from '../src/http/openapi.ts'
+import { createLog } from '../src/log.ts'
 import { openOutbox } from '../src/outbox/open.ts'
 import type { Outbox } from '../src/outbox/outbox.ts'
 import type { Redis } from '../src/redis.ts'
@@ -45,17 +44,21 @@ export async function startRelay (t: Test, env: Env = {}, options: Parameters<ty
     MIXPANEL_TOKEN: TOKEN, MIXPANEL_URL: sandbox.url, PORT: '0', RATE_LIMIT_MAX: '1000000', LOG_LEVEL: 'debug', ...env
   }, () => '')
   const lines: string[] = []
-  const logger = pino({ level: config.LOG_LEVEL }, new Writable({
-    write (chunk, encoding, done) {
-      lines.push(String(chunk))
-      if (leaks(String(chunk)).length > 0) t.fail(`the token is in the log: ${chunk}`)
-      done()
+  const { logger, logRequest } = createLog(config.LOG_LEVEL, {
+    write (line) {
+      lines.push(line)
+      if (leaks(line).length > 0) t.fail(`the token is in the log: ${line}`)
     }
-  }))
+  })
   const outbox = await openOutbox(config, redis, logger)
-  const relay = createRelay(config, createMixpanel(config), logger, outbox)
-  const app = await buildApp(config, { relay, redis, logger, document: async () => (await openapi(config)).document })
-  t.teardown(() => app.close())
+  const client = createMixpanel(config)
+  const relay = createRelay(config, client, logger, outbox)
+  relay.start()
+  const app = await buildApp(config, { relay, redis, logger, logRequest, document: async () => (await openapi(config)).document })
+  t.teardown(async () => {
+    await app.close()
+    await Promise.all([outbox?.close(), client.close()])
+  })
 
   async function inject (options: { method?: string, url: string, headers?: Env, payload?: unknown, remoteAddress?: string }) {
     const answer = await app.inject(options as object)

@@ -7,7 +7,7 @@ import { identity, leaks, startRelay, startSandbox, TOKEN } from './helper.ts'
 import { readConfig } from '../src/config.ts'
 import { identifyEvent } from '../src/identity/event.ts'
 import { baseUrl, createMixpanel } from '../src/mixpanel/client.ts'
-import { interpretBody, interpretError } from '../src/identity/verdict.ts'
+import { interpretBody, interpretError } from '../src/mixpanel/answer.ts'
 import type { Received } from '../src/sandbox/app.ts'
 
 const UUID = '5f0c8a1e-6a0b-4d53-9d3c-0a1f6f2b7c11'
@@ -248,7 +248,7 @@ t.test('with MAX_IN_FLIGHT identities waiting the next one is refused at once', 
   sandbox.faults.add({ name: 'wait', ms: 300, times: 2 })
   const waiting = [post(identity()), post(identity())]
   await new Promise(resolve => setTimeout(resolve, 100))
-  t.match((await inject({ url: '/readyz?verbose' })).json(), { status: 'ready', parts: { waiting: 2 } })
+  t.match((await inject({ url: '/readyz?verbose' })).json(), { status: 'ready', parts: { in_flight: 2 } })
   const refused = await post(identity())
   t.match(refused.json(), { status: 503, code: 'overloaded', retryable: true })
   t.match(refused.headers, { 'retry-after': '1' })
@@ -308,9 +308,18 @@ t.test('a gateway with a path, and the three regions', async t => {
   for (const [region, host] of [['us', 'api'], ['eu', 'api-eu'], ['in', 'api-in']]) {
     t.equal(baseUrl(readConfig({ MIXPANEL_TOKEN: 'x', MIXPANEL_REGION: region }, () => '')), `https://${host}.mixpanel.com`)
   }
-  const gateway = createMixpanel(readConfig({ MIXPANEL_TOKEN: 'x', MIXPANEL_URL: 'http://gw.example/mixpanel/' }, () => ''))
+  const urls: (string | undefined)[] = []
+  const server = createServer(({ url }, response) => {
+    urls.push(url)
+    response.end('1')
+  }).listen(0, '127.0.0.1')
+  t.teardown(() => server.close())
+  await once(server, 'listening')
+  const { port } = server.address() as AddressInfo
+  const gateway = createMixpanel(readConfig({ MIXPANEL_TOKEN: 'x', MIXPANEL_URL: `http://127.0.0.1:${port}/mixpanel/` }, () => ''))
   t.teardown(gateway.close)
-  t.equal(gateway.encode([identifyEvent(identity(), 0)]).path, '/mixpanel/track?ip=0')
+  t.same(await gateway.send(gateway.encode([identifyEvent(identity(), 0)]), 1000), { code: 'accepted' })
+  t.same(urls, ['/mixpanel/track?ip=0'])
 })
 
 t.test('records that Mixpanel names, or does not', async t => {

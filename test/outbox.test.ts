@@ -174,7 +174,7 @@ t.test('SQLite: a damaged file is out of reach', async t => {
   shell.exec('DROP TABLE waiting')
   shell.close()
   t.equal(await outbox.has('a claim'), 'unknown')
-  t.same(said, ['the outbox cannot be used'])
+  t.same(said, ['outbox unavailable'])
   await outbox.close()
 })
 

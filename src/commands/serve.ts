@@ -1,7 +1,7 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import closeWithGrace from 'close-with-grace'
-import type { Logger } from 'pino'
 import { isLoopback, type Config } from '../config.ts'
+import type { createLog } from '../log.ts'
 import { buildApp } from '../http/app.ts'
 import { baseUrl, createMixpanel } from '../mixpanel/client.ts'
 import { directoryOf, openConnection, openOutbox } from '../outbox/open.ts'
@@ -24,20 +24,10 @@ const CLOSING_MS = 3000
  */
 export function openFilesLimit (read: () => string): number {
   try {
-    const [, limit] = /^Max open files +(\d+)/m.exec(read()) as unknown as [string, string]
-    return Number(limit)
+    const limit = /^Max open files +(\d+)/m.exec(read())?.[1]
+    return limit === undefined ? Infinity : Number(limit)
   } catch {
     return Infinity
-  }
-}
-
-/** The parent of a process, from its `/proc/<id>/stat`; empty where `read` throws, elsewhere than on Linux. */
-export function parentOf (read: () => string): string {
-  try {
-    const [, rest = ''] = read().split(') ')
-    return rest.split(' ')[1] as string
-  } catch {
-    return ''
   }
 }
 
@@ -51,7 +41,9 @@ export const openapiDocument = (config: Config) =>
  * SHUTDOWN_DELAY_MS + SHUTDOWN_TIMEOUT_MS + 3 s, at a second signal at once. Rejects with a sentence where it cannot
  * start. `openFiles` is how many files the process may have open. `end` does what a first signal does.
  */
-export async function serve (requested: Config, logger: Logger, openFiles = Infinity): Promise<{ end: () => void }> {
+export async function serve (
+  requested: Config, { logger, logRequest }: ReturnType<typeof createLog>, openFiles = Infinity
+): Promise<{ end: () => void }> {
   const connections = Math.max(1, Math.min(requested.MAX_CONNECTIONS, openFiles - OTHER_FILES))
   const config = { ...requested, MAX_CONNECTIONS: connections }
   if (connections < requested.MAX_CONNECTIONS) {
@@ -64,9 +56,11 @@ export async function serve (requested: Config, logger: Logger, openFiles = Infi
     ? undefined
     : await serveAdminSocket(directory, order => runAdminCommand(outbox, config, order)).catch(({ message }) =>
       logger.warn({ cause: message }, 'no socket in the outbox directory: its commands need the relay to be stopped'))
-  const relay = createRelay(config, createMixpanel(config), logger, outbox)
+  const client = createMixpanel(config)
+  const relay = createRelay(config, client, logger, outbox)
+  relay.start()
   const app = await buildApp(config, {
-    relay, redis, logger, document: async () => (await openapiDocument(config)).document
+    relay, redis, logger, logRequest, document: async () => (await openapiDocument(config)).document
   })
   const mixpanel = baseUrl(config)
   if (isLoopback(config.HOST)) logger.warn('anyone on this machine may identify anyone: no credentials are configured')
@@ -86,6 +80,7 @@ export async function serve (requested: Config, logger: Logger, openFiles = Infi
     setTimeout(relay.stopWaiting, config.SHUTDOWN_TIMEOUT_MS * 0.8).unref()
     closeAdminSocket?.()
     await app.close()
+    await Promise.all([outbox?.close(), client.close()])
     redis?.disconnect()
   })
   logger.info({ mixpanel, endpoint: config.MIXPANEL_ENDPOINT }, `Server listening at ${url}`)

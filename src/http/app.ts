@@ -2,7 +2,7 @@ import Fastify, { type FastifyInstance } from 'fastify'
 import type { Logger } from 'pino'
 import { createSlices } from '../concurrency/slices.ts'
 import { isLoopback, type Config } from '../config.ts'
-import { throttledError } from '../log.ts'
+import { throttledError, type AccessLine } from '../log.ts'
 import type { Redis } from '../redis.ts'
 import type { Relay } from '../relay/relay.ts'
 import { createBodies } from './body.ts'
@@ -30,6 +30,7 @@ export interface Dependencies {
   /** For limits that all relays share. */
   redis?: Redis | undefined
   logger: Logger
+  logRequest: (line: AccessLine) => void
   /** The OpenAPI document, made when somebody asks for it. */
   document: () => Promise<object>
   /** Called before there is any route. */
@@ -45,9 +46,9 @@ export interface Dependencies {
  * back is read (verdict), and each identity's verdict becomes its answer (problem). Where there is an outbox, what
  * Mixpanel cannot take now is put there before its answer (store-and-forward), and delivered later (forwarder).
  *
- * Returns the app, not yet listening; `app.close()` lets requests in flight finish and then closes the relay.
+ * Returns the app, not yet listening; `app.close()` lets requests in flight finish and then stops the relay.
  */
-export async function buildApp (config: Config, { relay, redis, logger, document, prepare }: Dependencies) {
+export async function buildApp (config: Config, { relay, redis, logger, logRequest, document, prepare }: Dependencies) {
   const logError = throttledError((what, message) => logger.error(what, message), COMPLAINT_MS)
   const connections = createConnections({
     config,
@@ -68,11 +69,11 @@ export async function buildApp (config: Config, { relay, redis, logger, document
       customOptions: { coerceTypes: false, removeAdditional: false, useDefaults: false, allErrors: true, verbose: true }
     }
   })
-  app.addHook('onClose', () => relay.close())
+  app.addHook('onClose', () => relay.stop())
   const methods = collectMethods(app)
 
   // Fastify itself logs nothing: two lines for each request would cost as much as all the rest of it.
-  await app.register(requestLog, { logger })
+  await app.register(requestLog, { logRequest })
   await app.register(problems, { logger })
   await app.register(corsHeaders, { config })
   await app.register(rateLimits, { config, redis, log: logger })

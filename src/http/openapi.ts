@@ -1,8 +1,9 @@
 import swagger from '@fastify/swagger'
-import { pino } from 'pino'
 import { buildApp } from './app.ts'
 import type { Config } from '../config.ts'
-import type { Relay } from '../relay/relay.ts'
+import { createLog } from '../log.ts'
+import { createMixpanel } from '../mixpanel/client.ts'
+import { createRelay } from '../relay/relay.ts'
 
 const about = {
   openapi: '3.1.0',
@@ -21,9 +22,11 @@ const noop = async () => ({})
  * one that serves need not load the generator, which would make every start a tenth longer.
  */
 export async function openapi (config: Config): Promise<{ document: object, yaml: string }> {
+  const client = createMixpanel(config)
+  const log = createLog('silent', { write () {} })
   const app = await buildApp(config, {
-    relay: { close: noop } as unknown as Relay,
-    logger: pino({ level: 'silent' }),
+    relay: createRelay(config, client, log.logger),
+    ...log,
     document: noop,
     async prepare (app) {
       await app.register(swagger, {
@@ -37,5 +40,6 @@ export async function openapi (config: Config): Promise<{ document: object, yaml
   await app.ready()
   const result = { document: app.swagger(), yaml: app.swagger({ yaml: true }).trimEnd() }
   await app.close()
+  await client.close()
   return result
 }

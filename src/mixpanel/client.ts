@@ -2,10 +2,10 @@ import { createRequire } from 'node:module'
 import type undici from 'undici'
 import type { Config } from '../config.ts'
 import { parseEvent, type PendingEvent } from '../identity/event.ts'
-import { interpretBody, interpretError, interpretStatus, type Verdict } from '../identity/verdict.ts'
-
-/** A request to Mixpanel, ready to be sent any number of times. */
-export interface EncodedRequest { path: string, headers: Record<string, string>, body: Buffer }
+import type { Verdict } from '../identity/verdict.ts'
+import { interpretBody, interpretError, interpretStatus } from './answer.ts'
+import { createCredentials } from './credentials.ts'
+import { encodeRequest, type EncodedRequest, type EncodeOptions } from './encode.ts'
 
 // All of undici (fetch, WebSocket, caches, …) would add a sixth to the start and to the memory.
 const Pool = createRequire(import.meta.url)('undici/lib/dispatcher/pool.js') as typeof undici.Pool
@@ -14,20 +14,8 @@ export type Mixpanel = ReturnType<typeof createMixpanel>
 
 const BASE_URLS = { us: 'https://api.mixpanel.com', eu: 'https://api-eu.mixpanel.com', in: 'https://api-in.mixpanel.com' }
 
-/** How many requests may be under way at a time: more wait for a connection. */
-export const CONNECTIONS = 64
-
-/** The most that one request may have on the wire. Mixpanel documents 2 MiB and 10 MB; gateways often take 1 MiB. */
-export const MAX_REQUEST_BYTES = 1_048_576
-
-/** The most that all requests under way may have on the wire together, give or take one. */
-export const MAX_SENT_BYTES = 16 * MAX_REQUEST_BYTES
-
-/** Returns how many bytes an event takes on the wire at most: percent-encoding may make three bytes of one. */
-export function wireBytes ({ bytes }: PendingEvent, { MIXPANEL_TOKEN: token }: Config): number {
-  // The token travels as `,"token":"…"`, escaped, with a comma before the next event.
-  return 3 * (bytes + 2 * token.length + 12)
-}
+/** How many requests may be under way at a time, each on a connection of its own. */
+export const MAX_SENDS = 64
 
 /** Real answers have a few hundred bytes; an edge's error page may have megabytes. */
 const MAX_ANSWER_BYTES = 65_536
@@ -37,16 +25,13 @@ export function baseUrl (config: Pick<Config, 'MIXPANEL_URL' | 'MIXPANEL_REGION'
   return (config.MIXPANEL_URL ?? BASE_URLS[config.MIXPANEL_REGION]).replace(/\/+$/, '')
 }
 
-const base64 = (text: string) => Buffer.from(text).toString('base64')
-
-/** The only place that knows the token and Mixpanel's dialect. Whoever creates it must `close` it. */
+/** A client of Mixpanel that sends each request once. Its creator must `close` it. */
 export function createMixpanel (config: Config) {
-  const { MIXPANEL_TOKEN: token, MIXPANEL_SERVICE_ACCOUNT: account, MIXPANEL_PROJECT_ID: project } = config
-  const basic = `Basic ${base64(account ?? `${token}:`)}`
+  const credentials = createCredentials(config)
   const { origin, pathname } = new URL(baseUrl(config))
-  const path = pathname === '/' ? '' : pathname
+  const prefix = pathname === '/' ? '' : pathname
   const pool = new Pool(origin, {
-    connections: CONNECTIONS,
+    connections: MAX_SENDS,
     // A pool under traffic never resolves its host again by itself; this makes it follow DNS.
     clientTtl: 60_000,
     // Below the idle time of any server we know, or a request meets a connection that is just being closed.
@@ -64,14 +49,6 @@ export function createMixpanel (config: Config) {
     }
   })
 
-  const closing = `,"token":${JSON.stringify(token)}}}`
-
-  /** Mixpanel's words may quote what it was sent, in any of the forms in which that travels. */
-  const secrets = [token, account, account?.replace(/^[^:]*:/, '')].flatMap(secret => secret === undefined
-    ? []
-    : [secret, encodeURIComponent(secret), base64(secret), base64(`${secret}:`)])
-  const mask = (words: string) => secrets.reduce((masked, secret) => masked.replaceAll(secret, '***'), words)
-
   return {
     /** The event as it would be sent, with the token masked. */
     preview (pending: PendingEvent) {
@@ -79,37 +56,15 @@ export function createMixpanel (config: Config) {
       return { event, properties: { token: '***', ...properties } }
     },
 
-    /**
-     * The request for some events: one travels as an object, several as an array. `strict` asks Mixpanel to validate;
-     * `verbose` asks `/track` for its reason in place of a bare `0`. `/import` always does both.
-     */
-    encode (
-      events: PendingEvent[], { endpoint = config.MIXPANEL_ENDPOINT, strict = false, verbose = false } = {}
-    ): EncodedRequest {
-      const list = events.map(({ json }) => `${json.slice(0, -2)}${closing}`).join()
-      if (endpoint === 'import') {
-        return {
-          path: `${path}/import?strict=1${project === undefined ? '' : `&project_id=${project}`}`,
-          headers: { 'content-type': 'application/json', authorization: basic },
-          body: Buffer.from(`[${list}]`)
-        }
-      }
-      const isStrict = strict || config.MIXPANEL_STRICT === '1'
-      const json = events.length === 1 ? list : `[${list}]`
-      return {
-        // ip=0: the relay's own address must not become the user's location.
-        path: `${path}/track?ip=0${verbose ? '&verbose=1' : ''}`,
-        headers: { 'content-type': 'application/x-www-form-urlencoded' },
-        // undici would keep a buffer of its own beside a string.
-        body: Buffer.from(`data=${encodeURIComponent(json)}${isStrict ? '&strict=1' : ''}`, 'latin1')
-      }
-    },
+    /** The request for some events, ready for `send`. */
+    encode: (events: PendingEvent[], options: EncodeOptions = {}) =>
+      encodeRequest(events, options, credentials, config),
 
     /**
      * Sends once. Resolves within `timeoutMs`, or as soon as this process runs again; rejects only on a bug. By
      * undici's `dispatch`, which is cheaper than its `request`: an answer of one byte needs no stream.
      */
-    send: (request: EncodedRequest, timeoutMs: number) => new Promise<Verdict>(resolve => {
+    send: ({ path, headers, body }: EncodedRequest, timeoutMs: number) => new Promise<Verdict>(resolve => {
       let controller: undici.Dispatcher.DispatchController | undefined
       let status = 0
       const chunks: Buffer[] = []
@@ -128,7 +83,7 @@ export function createMixpanel (config: Config) {
         clearImmediate(afterReading)
         resolve(verdict)
       }
-      pool.dispatch({ ...request, method: 'POST' }, {
+      pool.dispatch({ method: 'POST', path: prefix + path, headers, body }, {
         onRequestStart (started) {
           controller = started
           if (isLate) started.abort(new Error('late'))
@@ -143,7 +98,7 @@ export function createMixpanel (config: Config) {
           chunks.push(chunk)
         },
         onResponseEnd () {
-          settle(interpretBody(status, Buffer.concat(chunks).toString(), mask))
+          settle(interpretBody(status, Buffer.concat(chunks).toString(), credentials.mask))
         },
         onResponseError (_, error) {
           // A 400 is a refusal, even if its reasons are too long to be read.

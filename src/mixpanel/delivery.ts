@@ -1,10 +1,12 @@
 import { setTimeout as sleep } from 'node:timers/promises'
-import { createBreaker } from './breaker.ts'
 import type { Config } from '../config.ts'
 import type { PendingEvent } from '../identity/event.ts'
 import type { Log } from '../log.ts'
-import { CONNECTIONS, type Mixpanel } from './client.ts'
-import { isTransient, isTooLarge, TEMPORARY, type Verdict } from '../identity/verdict.ts'
+import { createBreaker } from './breaker.ts'
+import { MAX_SENDS, type Mixpanel } from './client.ts'
+import { MAX_REQUEST_BYTES } from './encode.ts'
+import { isTransient, type Verdict } from '../identity/verdict.ts'
+import { createBisect } from './bisect.ts'
 
 /**
  * An event on its way. `deadline` (by performance.now(), whatever the clock does) is its caller's; for a batch the
@@ -18,8 +20,8 @@ export interface OutgoingEvent {
   endpoint?: 'import' | undefined
 }
 
-/** How many requests to Mixpanel may be under way at all. */
-export const MAX_SENDS = CONNECTIONS
+/** The most that all requests under way may have on the wire together, give or take one. */
+export const MAX_SENT_BYTES = 16 * MAX_REQUEST_BYTES
 
 /** Repeats under way: a fifth of the sends, but always a few, so that an outage does not double the traffic. */
 const RETRY_SHARE = 0.2
@@ -27,9 +29,6 @@ const RETRY_MINIMUM = 3
 
 /** A timer that is later than that was held up by this process (a SIGSTOP, a pause), not by Mixpanel. */
 const STALL_MS = 500
-
-/** How a refused array is divided: by eight it takes 3 rounds from 50 to 1, where halves take 7. */
-const BISECT_FANOUT = 8
 
 export const NEVER_SENT: Verdict = {
   code: 'mixpanel_timed_out', cause: 'never sent', isTransient: false, isUndelivered: true
@@ -45,32 +44,6 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
   let sends = 0
   let retries = 0
   let lastVerdict: { code: Verdict['code'], at: number } | undefined
-
-  /** A verdict for each. `isSearch`: Mixpanel answered `0` to more than these, and the guilty are looked for. */
-  async function deliver (items: OutgoingEvent[], isBisecting = false): Promise<Verdict[]> {
-    const verdict = await sendInSlot(items, isBisecting && items.length === 1)
-    if (items.length === 1) {
-      const hasNoReason = verdict.code === 'refused_by_mixpanel' && verdict.reason === undefined
-      return [hasNoReason && !isBisecting && endpointOf(items) === 'track' ? await askReason(items, verdict) : verdict]
-    }
-    const { records, imported } = verdict.code === 'refused_by_mixpanel' ? verdict : {}
-    // Only if Mixpanel says that it took the others, and speaks of these.
-    const named = items.filter((_, index) => records?.has(index)).length
-    if (records !== undefined && named === records.size && imported === items.length - named) {
-      return items.map((_, index) => records.has(index)
-        ? { code: 'refused_by_mixpanel', reason: records.get(index) }
-        : { code: 'accepted' })
-    }
-    // One answer for many condemns nobody: divide until each guilty one stands alone. That costs some requests for each
-    // of them, and the innocent, sent again, are the same bytes. 413: documentation names both 2 MiB and 10 MB.
-    if (verdict.code === 'refused_by_mixpanel' || isTooLarge(verdict)) {
-      const size = Math.ceil(items.length / BISECT_FANOUT)
-      const parts = Array.from({ length: Math.ceil(items.length / size) }, (_, part) =>
-        items.slice(part * size, (part + 1) * size))
-      return (await Promise.all(parts.map(part => deliver(part, true)))).flat()
-    }
-    return items.map(() => verdict)
-  }
 
   /** Waits for one of MAX_SENDS places: a search must not take more of Mixpanel, or of its own time, than a batch. */
   async function sendInSlot (items: OutgoingEvent[], isVerbose: boolean): Promise<Verdict> {
@@ -122,20 +95,14 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
   const endpointOf = ([first]: OutgoingEvent[]) => first?.endpoint ?? config.MIXPANEL_ENDPOINT
   const mayRetry = () => !breaker.isOpen() && retries < Math.max(RETRY_MINIMUM, sends * RETRY_SHARE)
 
-  /** A bare `0` may mean anything, even a passing fault of Mixpanel's; with `verbose=1` it says which. */
-  async function askReason (items: OutgoingEvent[], refused: Verdict): Promise<Verdict> {
-    const verdict = await sendInSlot(items, true)
-    const isAnswer = verdict.code === 'accepted' || verdict.code === 'refused_by_mixpanel' ||
-      (verdict.code === 'mixpanel_unreachable' && verdict.cause === TEMPORARY)
-    return isAnswer ? verdict : refused
-  }
+  const bisect = createBisect<OutgoingEvent>({ send: sendInSlot, isTerse: items => endpointOf(items) === 'track' })
 
   return {
     /** True while Mixpanel keeps failing and is asked by probes alone. */
     isOpen: breaker.isOpen,
 
     /** Resolves by the earliest deadline with a verdict for each, in their order; rejects only on a bug. */
-    deliver: (items: OutgoingEvent[]) => deliver(items),
+    deliver: bisect,
 
     /** For people: whether Mixpanel is asked, and what it said last. */
     state: () => ({

@@ -2,10 +2,10 @@ import { setImmediate } from 'node:timers/promises'
 import type { Config } from '../config.ts'
 import type { Delivery } from '../mixpanel/delivery.ts'
 import type { Log } from '../log.ts'
-import type { Verdict } from '../identity/verdict.ts'
+import { isFailure, isLimit, isNotSent, type Verdict } from '../identity/verdict.ts'
 import type { Entry, Outbox } from '../outbox/outbox.ts'
 import { backoffMs, createPauses } from './pauses.ts'
-import { planRound, finalReason, isFailure, isLimit, isTooOld, isNotSent, maxRound, createPass } from './plan.ts'
+import { createPass, finalReason, isTooOld, maxRound, planRound } from './plan.ts'
 import { createQuarantine } from './quarantine.ts'
 
 interface Outcome { entry: Entry, verdict: Verdict }
@@ -18,8 +18,8 @@ const LAST_ROUND_MS = 2000
 
 /**
  * Brings to Mixpanel what waits in the outbox, oldest first, in full arrays, until it is delivered, refused or too old.
- * Entries with one claim are never under way together, so the first claim arrives first. Begins at once; the caller
- * must `stop` it before the outbox is closed.
+ * Entries with one claim are never under way together, so the first claim arrives first. The caller
+ * must `start` it, and `stop` it before the outbox is closed.
  */
 export function createForwarder (config: Config, outbox: Outbox, delivery: Delivery, log: Log) {
   const maxEntries = maxRound(config)
@@ -124,9 +124,13 @@ export function createForwarder (config: Config, outbox: Outbox, delivery: Deliv
     await (delivery.isOpen() ? pauses.outage(ms) : pauses.backoff(ms))
   }
 
-  const running = run()
+  let running: Promise<void> | undefined
 
   return {
+    /** Begins to deliver. */
+    start (): void {
+      running = run()
+    },
     /** Something was put into the outbox. */
     added: pauses.added,
     /** Mixpanel has taken something. */

@@ -1,5 +1,5 @@
 import type { Config } from '../config.ts'
-import { MAX_REQUEST_BYTES, wireBytes } from '../mixpanel/client.ts'
+import { MAX_REQUEST_BYTES, wireBytes } from '../mixpanel/encode.ts'
 import { isTooLarge, type Verdict } from '../identity/verdict.ts'
 import type { Entry } from '../outbox/outbox.ts'
 import type { Quarantine } from './quarantine.ts'
@@ -94,12 +94,3 @@ export function finalReason ({ endpoint }: Entry, verdict: Verdict): string | un
   }
   return undefined
 }
-
-/** True where Mixpanel was not even asked. */
-export const isNotSent = ({ code }: Verdict) => code === 'mixpanel_unavailable'
-
-/** True where Mixpanel was asked, and takes no more for now. */
-export const isLimit = ({ code }: Verdict) => code === 'mixpanel_rate_limited'
-
-/** True where Mixpanel was asked, and failed. */
-export const isFailure = (verdict: Verdict) => !isNotSent(verdict) && !isLimit(verdict)

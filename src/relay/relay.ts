@@ -1,11 +1,12 @@
 import { createBatcher } from '../concurrency/batcher.ts'
 import type { Config } from '../config.ts'
-import { createDelivery, MAX_SENDS, NEVER_SENT, type OutgoingEvent } from '../mixpanel/delivery.ts'
+import { createDelivery, MAX_SENT_BYTES, NEVER_SENT, type OutgoingEvent } from '../mixpanel/delivery.ts'
 import { identifyEvent, type PendingEvent } from '../identity/event.ts'
 import type { Identity } from '../identity/identity.ts'
 import { createStoreAndForward } from './store-and-forward.ts'
 import type { Log } from '../log.ts'
-import { MAX_REQUEST_BYTES, MAX_SENT_BYTES, wireBytes, type Mixpanel } from '../mixpanel/client.ts'
+import { MAX_SENDS, type Mixpanel } from '../mixpanel/client.ts'
+import { MAX_REQUEST_BYTES, wireBytes } from '../mixpanel/encode.ts'
 import type { Outbox } from '../outbox/outbox.ts'
 import { OVERLOADED, type Verdict } from '../identity/verdict.ts'
 
@@ -23,7 +24,7 @@ export interface IdentifyOptions { isStrict?: boolean, isAsync?: boolean }
 
 /**
  * What happens to an identity once it is accepted: it joins a batch, the batch is delivered, each gets its verdict.
- * With an outbox, what cannot be delivered now is kept and delivered later. The relay closes what it was given.
+ * With an outbox, what cannot be delivered now is kept and delivered later. Its creator closes what it is given.
  */
 export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbox?: Outbox) {
   const delivery = createDelivery(config, mixpanel, log)
@@ -61,7 +62,7 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
 
     /** For people: how many identities' callers wait, what is in the outbox, and what Mixpanel said last. */
     state: () => ({
-      waiting: storeAndForward?.inFlight() ?? batcher.inFlight(),
+      in_flight: storeAndForward?.inFlight() ?? batcher.inFlight(),
       ...outbox && { outbox: outbox.counts() },
       ...delivery.state()
     }),
@@ -69,11 +70,10 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
     /** Time is up: with an outbox, whoever still waits for Mixpanel is kept there instead. */
     stopWaiting: () => storeAndForward?.stopWaiting(),
 
-    /** Resolves when nothing waits any more, for callers who have gone neither, and all is closed. */
-    async close (): Promise<void> {
-      // With an outbox everybody has been sent, kept or told otherwise when its keeper is closed.
-      await (storeAndForward === undefined ? batcher.idle() : storeAndForward.close())
-      await mixpanel.close()
-    }
+    /** Begins to deliver what waits in the outbox; needed once, before the first identity. */
+    start: () => storeAndForward?.start(),
+
+    /** Resolves when no identity is in flight any more, those of clients that have gone included. */
+    stop: () => storeAndForward === undefined ? batcher.idle() : storeAndForward.stop()
   }
 }

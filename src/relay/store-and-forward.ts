@@ -81,11 +81,13 @@ export function createStoreAndForward (config: Config, { outbox, delivery, send,
     /** How many are not yet sent or kept. */
     inFlight: mutex.inFlight,
 
-    /** Resolves when nobody waits any more, nothing leaves the outbox, and the outbox is closed. */
-    async close (): Promise<void> {
+    /** Begins to deliver what waits in the outbox. */
+    start: forwarder.start,
+
+    /** Resolves when no caller waits and nothing leaves the outbox any more. */
+    async stop (): Promise<void> {
       await mutex.idle()
       await forwarder.stop()
-      await outbox.close()
     }
   }
 }

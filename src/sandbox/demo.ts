@@ -1,7 +1,7 @@
 import { randomUUID } from 'node:crypto'
-import { pino } from 'pino'
 import { buildApp } from '../http/app.ts'
 import { readConfig } from '../config.ts'
+import { createLog } from '../log.ts'
 import { createMixpanel } from '../mixpanel/client.ts'
 import { openapi } from '../http/openapi.ts'
 import { createRelay } from '../relay/relay.ts'
@@ -17,14 +17,24 @@ const config = readConfig({
   PORT: port,
   CORS_ORIGINS: `http://127.0.0.1:${port},http://localhost:${port}`
 }, () => '')
-const logger = pino({ level: 'error' })
-const relay = createRelay(config, createMixpanel(config), logger)
-const app = await buildApp(config, { relay, logger, document: async () => (await openapi(config)).document })
+let isShown = false
+const { logger, logRequest } = createLog('info', {
+  write (line) {
+    if (isShown) process.stdout.write(line)
+  }
+})
+const client = createMixpanel(config)
+const relay = createRelay(config, client, logger)
+const app = await buildApp(config, {
+  relay, logger, logRequest, document: async () => (await openapi(config)).document
+})
 const url = await app.listen({ host: config.HOST, port: config.PORT }).catch(async (error: Error) => {
   console.error(`${error.message}\nTry another one: PORT=18080 npm run demo`)
   return process.exit(1)
 })
-for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => Promise.all([app.close(), sandbox.app.close()]))
+for (const signal of ['SIGINT', 'SIGTERM']) {
+  process.once(signal, () => Promise.all([app.close().then(client.close), sandbox.app.close()]))
+}
 
 const phone = randomUUID()
 const shows = [
@@ -60,4 +70,4 @@ console.log(`
     -d '{"identified_id":"you","anon_id":"${randomUUID()}"}'
 
 What Mixpanel got: ${sandboxUrl}/__sandbox/events   To read and try: ${url}/docs   Ctrl-C ends it.`)
-logger.level = 'info'
+isShown = true

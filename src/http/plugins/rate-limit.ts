@@ -1,5 +1,5 @@
-import rateLimit, { type FastifyRateLimitStoreCtor } from '@fastify/rate-limit'
-import type { FastifyReply, FastifyRequest } from 'fastify'
+import rateLimit from '@fastify/rate-limit'
+import type { FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
 import { projectFingerprint, type Config } from '../../config.ts'
 import type { Log } from '../../log.ts'
@@ -34,15 +34,15 @@ export const rateLimits = fp<Options>(async (app, { config, redis, log }) => {
     enableDraftSpec: true,
     // Only a caller beyond its limit is told of it: three headers in every answer cost as much as the count.
     addHeadersOnExceeding: { 'ratelimit-limit': false, 'ratelimit-remaining': false, 'ratelimit-reset': false },
-    store: function () { return store } as unknown as FastifyRateLimitStoreCtor,
+    // The plugin makes its store itself, and a child for each route: both are the one store.
+    store: class { incr = store.incr; child = store.child },
     keyGenerator
   })
 
-  // Its type is that of a hook with `done`; it returns a promise instead, and takes none.
-  const limit = app.rateLimit() as unknown as (request: FastifyRequest, reply: FastifyReply) => Promise<void>
+  const limit = app.rateLimit()
   app.addHook('onRequest', (request, reply, done) => {
     if (request.route.config.unlogged || store.countNow(keyGenerator(request))) done()
-    else limit(request, reply).then(() => done(), done)
+    else limit.call(app, request, reply).then(() => done(), done)
   })
 
   app.decorate('charge', (address, amount) => { store.charge(address, amount).catch(() => {}) })

@@ -1,8 +1,7 @@
 import { randomBytes } from 'node:crypto'
 import type { IncomingMessage } from 'node:http'
-import type { FastifyReply, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
-import { symbols, type Logger } from 'pino'
+import type { AccessLine } from '../../log.ts'
 
 /** What a handler adds to the access log: the problem's code, its cause, the event's $insert_id. */
 export interface LogLine {
@@ -36,16 +35,12 @@ export function requestId ({ headers }: Pick<IncomingMessage, 'headers'>): strin
 }
 
 /**
- * What every request gets: an id, and a log line when it is answered, even if its caller has gone by then. These hooks
- * are on the path of every identity, so they make no promises.
+ * Gives every request an id, and a log line when its response is ready, even if the client has gone by then. These
+ * hooks run for every identity, so they make no promises.
  */
-export const requestLog = fp<{ logger: Logger }>(async (app, { logger }) => {
-  type WithStream = { [symbols.streamSym]: { write: (line: string) => void } }
-  const { [symbols.streamSym]: stream } = logger as unknown as WithStream
-  const level = logger.levels.values.info as number
-  const isLogged = logger.isLevelEnabled('info')
-  app.decorateReply('logLine', null as unknown as LogLine)
-  app.decorateRequest('route', null as unknown as FastifyRequest['route'])
+export const requestLog = fp<{ logRequest: (line: AccessLine) => void }>(async (app, { logRequest }) => {
+  app.decorateReply('logLine')
+  app.decorateRequest('route')
   app.decorateRequest('since', 0)
 
   app.addHook('onRequest', (request, reply, done) => {
@@ -57,21 +52,11 @@ export const requestLog = fp<{ logger: Logger }>(async (app, { logger }) => {
     done()
   })
 
-  app.addHook('onSend', (request, reply, payload, done) => {
-    if (isLogged && !request.route.config.unlogged) stream.write(accessLine(level, request, reply))
+  app.addHook('onSend', ({ route, since, method, id }, reply, payload, done) => {
+    if (!route.config.unlogged) {
+      const ms = Math.round((performance.now() - since) * 10) / 10
+      logRequest({ method, route: route.url, status: reply.statusCode, ms, requestId: id, details: reply.logLine })
+    }
     done(null, payload)
   })
 })
-
-/**
- * The line that pino would write, at a quarter of what pino costs, and a third of JSON.stringify. Nothing here needs an
- * escape: Node knows the methods, the route is its pattern (never the URL, whose query may hold anything), and
- * `requestId` has chosen the id.
- */
-function accessLine (level: number, { method, route, id, since }: FastifyRequest, reply: FastifyReply): string {
-  const known = JSON.stringify(reply.logLine)
-  const ms = Math.round((performance.now() - since) * 10) / 10
-  return `{"level":${level},"time":${Date.now()},"method":"${method}",` +
-    `"route":${route.url === undefined ? null : `"${route.url}"`},"status":${reply.statusCode},"ms":${ms},` +
-    `"request_id":"${id}","caller":"anonymous"${known === '{}' ? '' : `,${known.slice(1, -1)}`},"msg":"request completed"}\n`
-}

@@ -33,7 +33,7 @@ export const shutdown = fp<{ relay: Relay }>(async (app, { relay }) => {
     let isIdle = false
     timer = setInterval(() => {
       if (isIdle) app.server.closeAllConnections()
-      isIdle = relay.state().waiting === 0
+      isIdle = relay.state().in_flight === 0
     }, LAST_REQUEST_MS / 2)
   })
   app.addHook('onClose', async () => clearInterval(timer))

@@ -11,9 +11,8 @@ import type { Verdict } from '../../identity/verdict.ts'
 import type { Relay } from '../../relay/relay.ts'
 import type { Bodies } from '../body.ts'
 import { checkUtf8, outline, parseJson } from '../json.ts'
-import {
-  asFieldErrors, fieldErrors, MAX_ERRORS, problemBody, problemResponses, type ProblemOptions, type ProblemCode
-} from '../problem.ts'
+import { MAX_ERRORS, problemBody, problemResponses, type ProblemOptions, type ProblemCode } from '../problem.ts'
+import { asFieldErrors, fieldErrors } from '../validation.ts'
 import { answerQueued, toProblem, BODY_TYPES, identityRoute, Headers, prefersAsync, TOO_LONG } from './responses.ts'
 
 declare module 'fastify' {

@@ -1,5 +1,6 @@
 import type { FastifyPluginAsyncTypebox } from '@fastify/type-provider-typebox'
 import { Type } from '@sinclair/typebox'
+import type { FastifyContextConfig } from 'fastify'
 
 const Health = Type.Object({
   status: Type.String({ examples: ['ready'] }),
@@ -9,7 +10,7 @@ const Health = Type.Object({
 /** What goes on, for people. */
 type Parts = () => Record<string, unknown>
 
-const unlogged = { quiet: true }
+const unlogged = { unlogged: true } satisfies FastifyContextConfig
 
 /** For orchestrators. Readiness says nothing of Mixpanel: to bypass or restart a relay heals no outage. */
 export const health: FastifyPluginAsyncTypebox<{ parts: Parts }> = async (app, { parts }) => {

@@ -1,10 +1,12 @@
 import type { FastifyPluginAsyncTypebox } from '@fastify/type-provider-typebox'
 import { Type } from '@sinclair/typebox'
+import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { Slices } from '../../concurrency/slices.ts'
 import { isTooLarge } from '../../identity/event.ts'
 import { checkRules, Identity, MAX_IDENTITY_BYTES, checkSize } from '../../identity/identity.ts'
 import { parseAsJson, type Bodies } from '../body.ts'
-import { fieldErrors, problemResponses } from '../problem.ts'
+import { problemResponses } from '../problem.ts'
+import { fieldErrors } from '../validation.ts'
 import type { Relay } from '../../relay/relay.ts'
 import { answerQueued, toProblem, BODY_TYPES, identityRoute, Headers, prefersAsync, TOO_LONG } from './responses.ts'
 
@@ -25,9 +27,12 @@ const Queued = Type.Object({ status: Type.Literal('queued') }, {
     'Only where OUTBOX is not off.'
 })
 
-/** The answer to nearly every request, as Fastify would write it. */
+/** The response to nearly every request, as Fastify would write it. */
 const ACCEPTED = JSON.stringify({ status: 'accepted' })
 const JSON_TYPE = 'application/json; charset=utf-8'
+const sendAccepted = (reply: FastifyReply) => reply.header('content-type', JSON_TYPE).send(ACCEPTED)
+
+const forgetBody = (request: FastifyRequest) => { request.body = undefined }
 
 const Preview = Type.Object({
   event: Type.Literal('$identify'), properties: Type.Record(Type.String(), Type.Unknown())
@@ -73,12 +78,12 @@ export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay,
     const event = relay.toEvent(request.body)
     if (isTooLarge(event)) return reply.problem('invalid_request', { errors: [TOO_LONG] })
     // Not needed any more. While the event waits for Mixpanel it would hold as much memory again.
-    request.body = undefined as never
+    forgetBody(request)
     if (request.query.dry_run === '1') return reply.send(relay.preview(event))
     reply.logLine.insert_id = event.insertId
     const isAsync = prefersAsync(request.headers.prefer)
     const verdict = await relay.identify(event, { isStrict: request.query.strict === '1', isAsync })
-    if (verdict.code === 'accepted') return reply.header('content-type', JSON_TYPE).send(ACCEPTED as never)
+    if (verdict.code === 'accepted') return sendAccepted(reply)
     if ('cause' in verdict) reply.logLine.cause = verdict.cause
     if (verdict.code === 'queued') return answerQueued(reply, isAsync).send({ status: 'queued' })
     return reply.problem(...toProblem(verdict))

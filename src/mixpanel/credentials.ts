@@ -1,0 +1,28 @@
+import type { Config } from '../config.ts'
+
+export type Credentials = ReturnType<typeof createCredentials>
+
+/** The token and what is made of it. Nothing outside of `mixpanel/` holds either. */
+export function createCredentials (config: Config) {
+  const { MIXPANEL_TOKEN: token, MIXPANEL_SERVICE_ACCOUNT: account } = config
+  const closing = `,"token":${JSON.stringify(token)}}}`
+  // Mixpanel's words may quote what it was sent, in any of these forms.
+  const secrets = [token, account, account?.replace(/^[^:]*:/, '')].flatMap(secret => secret === undefined
+    ? []
+    : [secret, encodeURIComponent(secret), base64(secret), base64(`${secret}:`)])
+
+  return {
+    /** The `authorization` header of `/import`. */
+    basic: `Basic ${base64(account ?? `${token}:`)}`,
+
+    /** Returns an event's JSON with the token as its last property. */
+    withToken (json: string): string {
+      return `${json.slice(0, -2)}${closing}`
+    },
+
+    /** Returns `words` with every form of every secret replaced by `***`. */
+    mask: (words: string) => secrets.reduce((masked, secret) => masked.replaceAll(secret, '***'), words)
+  }
+}
+
+const base64 = (text: string) => Buffer.from(text).toString('base64')
