@@ -5,7 +5,7 @@ import { Value } from '@sinclair/typebox/value'
 
 type Env = Record<string, string | undefined>
 
-/** Thrown by `readConfig`. `message` has a line with one sentence for every mistake, and no value of any variable. */
+/** The error of `readConfig`. `message` has one line for each mistake, and no value of any variable. */
 export class ConfigError extends Error {}
 
 FormatRegistry.Set('base-url', text => {
@@ -21,17 +21,17 @@ FormatRegistry.Set('redis-url', text => {
     return false
   }
 })
-// Browsers send lower case and leave the default port out; an origin written otherwise would never match.
+// Browsers send an origin in lower case and without its default port. Any other form would never match.
 FormatRegistry.Set('origin', text => /^[a-z][a-z0-9+.-]*:\/\/[^/?#\s*@]+$/.test(text) &&
   (!/^https?:/.test(text) || (URL.canParse(text) && new URL(text).origin === text)))
-// IPv4-mapped IPv6 is refused: such a range may trust the whole IPv4 internet. So is /0.
+// IPv4-mapped IPv6 and /0 are refused, because such a range may trust the whole IPv4 internet.
 FormatRegistry.Set('network', text => {
-  const [address = '', bits, ...rest] = text.split('/')
+  const [address = '', bits, ...extra] = text.split('/')
   const family = isIP(address)
-  const most = family === 4 ? 32 : 128
+  const maxBits = family === 4 ? 32 : 128
   const isMapped = family === 6 && new URL(`http://[${address}]`).hostname.startsWith('[::ffff:')
-  return family !== 0 && rest.length === 0 && !isMapped &&
-    (bits === undefined || (/^\d{1,3}$/.test(bits) && Number(bits) >= 1 && Number(bits) <= most))
+  return family !== 0 && extra.length === 0 && !isMapped &&
+    (bits === undefined || (/^\d{1,3}$/.test(bits) && Number(bits) >= 1 && Number(bits) <= maxBits))
 })
 
 const integer = (minimum: number, maximum: number, byDefault: number) => Type.Integer({
@@ -45,7 +45,7 @@ const flag = () => Type.Boolean({ default: false, rule: 'must be true or false' 
 const secret = (shape: { pattern: string } | { format: string }, rule: string) =>
   Type.String({ ...shape, rule, secret: true })
 
-/** The environment: every variable, its default and, as `rule`, what is said when it is wrong. */
+/** The schema of the environment: each variable with its default and, as `rule`, the text of its error. */
 export const Environment = Type.Object({
   MIXPANEL_TOKEN: secret({ pattern: '^[!-~]+$' }, 'must be a project token: printable characters without spaces'),
   MIXPANEL_REGION: oneOf(['us', 'eu', 'in'], 'us'),
@@ -64,8 +64,12 @@ export const Environment = Type.Object({
   HOST: Type.String({ default: '127.0.0.1', pattern: '^[0-9A-Za-z.:-]+$', rule: 'must be an address or a host name' }),
   PORT: integer(0, 65_535, 8080),
   LOG_LEVEL: oneOf(['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'], 'info'),
-  TRUST_PROXY: list('network', 'must be a comma list of IP addresses or CIDR ranges, none of them /0 or IPv4-mapped'),
-  CORS_ORIGINS: list('origin', 'must be a comma list of origins such as https://app.example.com, without path or *'),
+  TRUST_PROXY: list(
+    'network', 'must be a comma-separated list of IP addresses or CIDR ranges, none of them /0 or IPv4-mapped'
+  ),
+  CORS_ORIGINS: list(
+    'origin', 'must be a comma-separated list of origins such as https://app.example.com, without path or *'
+  ),
   ALLOW_ANONYMOUS: flag(),
   RATE_LIMIT_MAX: integer(1, 1_000_000_000, 6000),
   RATE_LIMIT_WINDOW_MS: integer(1, 86_400_000, 60_000),
@@ -81,26 +85,26 @@ export const Environment = Type.Object({
 
 export type Config = Readonly<Static<typeof Environment>>
 
-/** Variables that this version cannot honour. To ignore one in silence could leave open what its operator closed. */
+/** Variables that this version does not support. Ignoring one could leave open what its operator meant to close. */
 const UNSUPPORTED = /^(API_KEYS|JWT_[A-Z_]+|METRICS_PORT)(_FILE)?$/
 
-/** The variables whose values are secrets; each may be replaced by `<NAME>_FILE`, the path of a file that holds it. */
+/** The variables that hold secrets. `<NAME>_FILE`, the path of a file with the value, may replace each of them. */
 export const SECRETS = Object.entries<TSchema>(Environment.properties)
   .filter(([, schema]) => schema.secret === true).map(([name]) => name)
 
 /**
- * The configuration that `env` describes: typed, frozen, defaults filled in. An empty variable is an unset one.
- * `readFile` returns a file's text or throws. Throws ConfigError, which names every mistake at once.
+ * Returns the configuration in `env`: typed, frozen, with defaults filled in. An empty variable counts as unset.
+ * `readFile` returns a file's text or throws. Throws a ConfigError that names all mistakes at once.
  */
 export function readConfig (env: Env, readFile: (path: string) => string): Config {
   const mistakes = new Map<string, string>()
-  const found: Record<string, unknown> = {}
+  const values: Record<string, unknown> = {}
   for (const [name, schema] of Object.entries<TSchema>(Environment.properties)) {
     const isFile = schema.secret === true && Boolean(env[`${name}_FILE`])
     const raw = isFile ? secretFromFile(name, env, readFile, mistakes) : env[name]
-    if (raw) found[name] = decode(schema, raw)
+    if (raw) values[name] = decode(schema, raw)
   }
-  const config = Value.Default(Environment, found) as Config
+  const config = Value.Default(Environment, values) as Config
   for (const { path, schema, value } of Value.Errors(Environment, config)) {
     const name = path.split('/')[1] as string
     if (!mistakes.has(name)) mistakes.set(name, `${name} ${value === undefined ? 'is required' : schema.rule}.`)
@@ -110,12 +114,12 @@ export function readConfig (env: Env, readFile: (path: string) => string): Confi
   return Object.freeze(config)
 }
 
-/** True for addresses that only this machine can reach. */
+/** Returns true for an address that only this machine can reach. */
 export function isLoopback (host: string): boolean {
   return host === 'localhost' || host === '::1' || (isIP(host) === 4 && host.startsWith('127.'))
 }
 
-/** Tells projects apart where the token must not be: in the outbox, whose identities belong to one project for good. */
+/** Returns 12 hex digits that identify the project in the outbox and in Redis, which must not contain the token. */
 export function projectFingerprint ({ MIXPANEL_TOKEN: token, MIXPANEL_PROJECT_ID: id = '' }: Config): string {
   return hash('sha256', `identify-relay:${token}:${id}`).slice(0, 12)
 }
@@ -129,8 +133,8 @@ function conflicts (config: Config, env: Env): string[] {
   if (config.OUTBOX === 'redis' && config.REDIS_URL === undefined) sentences.push('OUTBOX=redis needs REDIS_URL.')
   const isOpen = Value.Check(Environment.properties.HOST, config.HOST) && !isLoopback(config.HOST)
   if (isOpen && config.ALLOW_ANONYMOUS !== true) {
-    sentences.push('HOST is not a loopback address, so anyone who reaches it could merge identities for good: ' +
-      'set ALLOW_ANONYMOUS=true if that is meant.')
+    sentences.push('HOST is not a loopback address, so any caller that reaches it can merge identities permanently: ' +
+      'set ALLOW_ANONYMOUS=true if that is intended.')
   }
   return sentences
 }
@@ -147,7 +151,7 @@ function secretFromFile (
   }
 }
 
-/** Turns text into what the schema asks for; what does not fit stays text, so that the schema refuses it. */
+/** Returns `text` as the type of the schema. Text that does not convert stays text, and the schema refuses it. */
 function decode (schema: TSchema, text: string): unknown {
   switch (schema.type) {
     case 'integer': return /^\d{1,15}$/.test(text) ? Number(text) : text

@@ -2,24 +2,23 @@ import { appendFile, writeSync } from 'node:fs'
 import type { Writable } from 'node:stream'
 import { pino, type Logger } from 'pino'
 
-/** The methods of a logger that most modules need; pino has them. */
-export type Log = Record<'debug' | 'info' | 'warn' | 'error', (what: object, message: string) => void>
+/** The logger methods that most modules need. A pino logger has them. */
+export type Log = Record<'debug' | 'info' | 'warn' | 'error', (fields: object, message: string) => void>
 
-/** One request as the access log shows it. */
 export interface AccessLine {
   method: string
-  /** The route's pattern, never the URL, whose query may hold anything; undefined where no route was found. */
+  /** The route's pattern, or undefined when no route matches. Never the URL, whose query may contain anything. */
   route: string | undefined
   status: number
   ms: number
   requestId: string
-  /** What the handler adds. */
+  /** The fields that the handler adds. */
   details: object
 }
 
 /**
- * Returns pino, and `logRequest`, which writes an access line at `info` for a quarter of what pino takes. Only
- * `details` can need escapes: Node knows the methods, routes are this program's own, `requestId` has a fixed alphabet.
+ * Returns a pino logger, and `logRequest`, which writes an access line at `info` for a quarter of pino's cost. Only
+ * `details` needs escapes: methods and routes come from fixed lists, and `requestId` has a fixed alphabet.
  */
 export function createLog (level: string, destination: { write: (line: string) => void }) {
   const logger: Logger = pino({ level, base: null }, destination)
@@ -34,36 +33,36 @@ export function createLog (level: string, destination: { write: (line: string) =
   return { logger, logRequest: logger.isLevelEnabled('info') ? logRequest : () => {} }
 }
 
-/** Returns a way to say what may happen to many at the same time: at most once in `ms`. */
-export function throttledError (say: Log['error'], ms: number): Log['error'] {
+/** Returns a function that logs at most once in `ms`, for an error that many requests meet at the same time. */
+export function throttledError (log: Log['error'], ms: number): Log['error'] {
   let last = -Infinity
-  return (what, message) => {
+  return (fields, message) => {
     if (performance.now() - last < ms) return
     last = performance.now()
-    say(what, message)
+    log(fields, message)
   }
 }
 
-/** A write costs as much as many lines do, so lines wait for others; a crash that runs no code loses them. */
+/** One write costs as much as many lines, so lines are gathered. A crash that runs no code loses gathered lines. */
 const DELAY_MS = 100
 const CHUNK = 32_768
 
-/** How many characters may wait for a reader of the log, or for its disk. What comes beyond is dropped. */
+/** The most characters that wait for a log reader or a disk. Lines beyond that are dropped. */
 const MAX_WAITING = 1_048_576
 
-/** Where text is written without ever waiting for a reader. */
+/** A log target that never blocks. */
 export interface Sink {
-  /** How many characters are not written yet. */
+  /** Returns the number of characters that are not written yet. */
   waiting: () => number
-  /** Writes, and calls back when that is done or has failed. */
+  /** Writes `text`, then calls `done`, with an error when the write failed. */
   write: (text: string, done: (error?: Error | null) => void) => void
-  /** Writes what can be written now; for the end of the process. */
+  /** Writes as much of `text` as possible at once, at the end of the process. */
   writeNow: (text: string) => void
 }
 
 /**
- * For a pipe, a socket or a terminal. pino's own destination hangs the exit of a process whose pipe is full; Node's
- * stream does not. Once its reader is gone every write fails.
+ * Returns a sink for a pipe, a socket or a terminal. pino's own destination hangs at exit while the pipe is full;
+ * Node's stream does not. After its reader is gone, every write fails.
  */
 export function streamSink (stream: Writable): Sink {
   stream.on('error', () => {})
@@ -74,17 +73,17 @@ export function streamSink (stream: Writable): Sink {
   }
 }
 
-/** For a file or a device. Node's stream would stop for good at the first error, such as a full disk's. */
+/** Returns a sink for a file or a device. Node's stream would stop permanently at the first error (a full disk). */
 export function fileSink (fd: number): Sink {
   const queue: [text: string, done: (error?: Error | null) => void][] = []
   let waiting = 0
 
-  function next (): void {
+  function writeNext (): void {
     const [text, done] = queue[0] as typeof queue[0]
     appendFile(fd, text, error => {
       queue.shift()
       waiting -= text.length
-      if (queue.length > 0) next()
+      if (queue.length > 0) writeNext()
       done(error)
     })
   }
@@ -94,7 +93,7 @@ export function fileSink (fd: number): Sink {
     write (text, done) {
       waiting += text.length
       queue.push([text, done])
-      if (queue.length === 1) next()
+      if (queue.length === 1) writeNext()
     },
     writeNow (text) {
       try {
@@ -105,18 +104,17 @@ export function fileSink (fd: number): Sink {
 }
 
 /**
- * Where pino's lines go. Many are written at once; at the end of the process call `flush`, and none is missing. A sink
- * that stalls or fails stops nothing: lines beyond a bound are dropped, and their count is logged when it takes some
- * again.
+ * Returns the destination of log lines, which writes many at once. `flush` at the end of the process writes the rest.
+ * A sink that stalls or fails blocks nothing: lines beyond a bound are dropped, and a later write logs their number.
  */
 export function createDestination (sink: Sink) {
   let lines = ''
   let count = 0
   let dropped = 0
-  let isSinkWell = true
+  let isSinkWorking = true
 
-  /** Hands the lines over, if the sink has room for them. */
-  function pass (): void {
+  /** Writes the gathered lines, or drops them when the sink has no room. */
+  function writeLines (): void {
     const [text, size] = [lines, count]
     lines = ''
     count = 0
@@ -126,14 +124,13 @@ export function createDestination (sink: Sink) {
       return
     }
     sink.write(text, error => {
-      isSinkWell = !error
+      isSinkWorking = !error
       if (error) dropped += size
-      else report()
+      else reportDropped()
     })
   }
 
-  /** Logs how many lines are missing. */
-  function report (): void {
+  function reportDropped (): void {
     if (dropped === 0) return
     const line = JSON.stringify({ level: 40, time: Date.now(), dropped, msg: 'log lines dropped' })
     const reported = dropped
@@ -145,14 +142,14 @@ export function createDestination (sink: Sink) {
 
   return {
     write (line: string): void {
-      if (count === 0) setTimeout(pass, DELAY_MS).unref()
+      if (count === 0) setTimeout(writeLines, DELAY_MS).unref()
       lines += line
       count++
-      if (lines.length > CHUNK) pass()
+      if (lines.length > CHUNK) writeLines()
     },
-    /** Writes what waits, as far as that can be done now. */
+    /** Writes the gathered lines at once, as far as possible. */
     flush (): void {
-      if (count > 0 && isSinkWell) sink.writeNow(lines)
+      if (count > 0 && isSinkWorking) sink.writeNow(lines)
       lines = ''
       count = 0
     }

@@ -3,16 +3,18 @@ import type { Log } from './log.ts'
 
 export type { Redis }
 
-/** No request waits longer for Redis. */
+const CLOSED = 'the connection was closed'
+
+/** The longest time that a request waits for Redis. */
 export const FOREGROUND_TIMEOUT_MS = 200
 
-/** For what ioredis asks by itself when it connects. */
+/** The timeout of the commands that ioredis itself sends when it connects. */
 const CONNECT_COMMAND_TIMEOUT_MS = 1000
 
 /**
- * A connection to Redis for commands that come `inTime`; while it is lost they fail at once. ioredis comes back by
- * itself; nothing is ever sent twice. Loads ioredis; rejects with a cause that holds no secret when Redis cannot be
- * reached now.
+ * Resolves with a connection to Redis, for commands under `withTimeout`. While the connection is lost, commands fail at
+ * once. ioredis reconnects by itself and sends no command twice. Rejects, with a cause that holds no secret, when Redis
+ * cannot be reached now.
  */
 export async function connectRedis (url: string, log: Log): Promise<Redis> {
   const { Redis } = await import('ioredis')
@@ -23,54 +25,55 @@ export async function connectRedis (url: string, log: Log): Promise<Redis> {
     enableOfflineQueue: false,
     maxRetriesPerRequest: 0,
     autoResendUnfulfilledCommands: false,
-    // It was a primary, and may be one elsewhere now.
+    // After a failover the address may lead to the new primary.
     reconnectOnError: ({ message }) => message.startsWith('READONLY'),
     retryStrategy: attempts => Math.min(attempts * 50, 1000)
   })
-  let cause = 'the connection was closed'
-  let isUp = false
+  let cause = CLOSED
+  let isConnected = false
   redis.on('error', (error: NodeJS.ErrnoException) => { cause = error.code ?? error.message })
   await redis.connect().catch(() => {
     redis.disconnect()
     throw new Error(`REDIS_URL: Redis cannot be reached (${cause})`)
   })
-  isUp = true
+  isConnected = true
   redis.on('close', () => {
-    if (isUp) log.error({ cause }, 'Redis connection lost')
-    isUp = false
+    if (isConnected) log.error({ cause }, 'Redis connection lost')
+    isConnected = false
   })
   redis.on('ready', () => {
-    isUp = true
+    isConnected = true
+    cause = CLOSED
     log.info({}, 'Redis connection restored')
   })
   return redis
 }
 
 /**
- * What `command`, sent by `redis`, resolves with, if that comes within `ms`; else a rejection, and the connection,
- * which may be dead without a word, is left for a new one: only the first callers wait. After a stall of this process
- * timers are due before sockets are read; what has arrived by then has come in time.
+ * Resolves with the result of `command`, which `redis` has sent. Rejects after `ms` and drops the connection, which may
+ * be dead without an error; ioredis opens a new one, so only the first callers wait. After a stall of this process
+ * timers run before sockets are read; a result that has arrived by then is in time.
  */
 export function withTimeout<Result> (redis: Redis, ms: number, command: Promise<Result>): Promise<Result> {
   let timer: NodeJS.Timeout | undefined
   let afterReading: NodeJS.Immediate | undefined
-  const lateness = new Promise<never>((_resolve, reject) => {
-    const giveUp = () => {
+  const timeout = new Promise<never>((_resolve, reject) => {
+    const expire = () => {
       redis.stream.destroy()
       reject(new Error('Redis did not answer in time'))
     }
-    timer = setTimeout(() => { afterReading = setImmediate(giveUp) }, ms)
+    timer = setTimeout(() => { afterReading = setImmediate(expire) }, ms)
   })
-  return Promise.race([command, lateness]).finally(() => {
+  return Promise.race([command, timeout]).finally(() => {
     clearTimeout(timer)
     clearImmediate(afterReading)
   })
 }
 
-/** A second connection to the same Redis, for commands that may take `ms`. Its creator must disconnect it. */
+/** Resolves with a second connection to the same Redis, for commands that may take `ms`. The caller disconnects it. */
 export async function connectBackground (redis: Redis, ms: number): Promise<Redis> {
   const background = redis.duplicate({ commandTimeout: 2 * ms })
-  // The first connection says that Redis is lost.
+  // The first connection logs the loss of Redis.
   background.on('error', () => {})
   await background.connect()
   return background

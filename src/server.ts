@@ -1,13 +1,13 @@
 /**
- * The process. Signals come first: a process with id 1 ignores those that nothing handles, and the rest of this program
- * takes a quarter of a second to load.
+ * The process. It handles signals before it loads anything: a process with id 1 ignores signals that have no handler,
+ * and the rest of the program takes a quarter of a second to load.
  */
 const END_SIGNALS = ['SIGTERM', 'SIGINT', 'SIGQUIT'] as const
-const endStart = () => process.exit(0)
-for (const signal of END_SIGNALS) process.on(signal, endStart)
-// A terminal that closes ends nothing.
+const exitDuringStart = () => process.exit(0)
+for (const signal of END_SIGNALS) process.on(signal, exitDuringStart)
+// The relay outlives its terminal.
 process.on('SIGHUP', () => {})
-// Signal 10 would open Node's inspector on loopback, which the neighbours in a pod share.
+// By default SIGUSR1 opens Node's inspector on loopback, which all containers of a pod share.
 process.on('SIGUSR1', () => {})
 
 const { fstatSync, readFileSync } = await import('node:fs')
@@ -28,17 +28,16 @@ const commands = new Map(Object.entries({
     const { baseUrl } = await import('./mixpanel/client.ts')
     console.log(`The configuration is valid: ${urlOf(config.HOST, config.PORT)} relays to ${baseUrl(config)}.`)
   },
-  /** For operators, whether a relay is running or not. */
-  async outbox (config: Config, order: string[]) {
-    const { outboxCommand: command } = await import('./commands/outbox.ts')
-    // Such as `outbox list | head`.
+  async outbox (config: Config, args: string[]) {
+    const { outboxCommand } = await import('./commands/outbox.ts')
+    // In `outbox list | head` the reader closes the pipe early.
     process.stdout.on('error', () => process.exit(0))
-    for await (const text of command(config, order)) process.stdout.write(text)
+    for await (const text of outboxCommand(config, args)) process.stdout.write(text)
   },
   /** Prints `openapi.yaml`. */
   async openapi (config: Config) {
-    const { openapiDocument: describe } = await import('./commands/serve.ts')
-    console.log((await describe(config)).yaml)
+    const { openapiDocument } = await import('./commands/serve.ts')
+    console.log((await openapiDocument(config)).yaml)
   }
 }))
 
@@ -50,32 +49,32 @@ async function runServe (config: Config): Promise<void> {
   const destination = createDestination(isStream ? streamSink(process.stdout) : fileSink(1))
   process.on('exit', () => {
     destination.flush()
-    // Node waits for a name server that does not answer before it lets go of its threads.
-    const isStuck = process.getActiveResourcesInfo().includes('GetAddrInfoReqWrap')
-    /* c8 ignore next -- of a process that is killed there is no coverage; test/slow/signals.test.ts */
-    if (isStuck) process.kill(process.pid, 'SIGKILL')
+    // On exit Node waits for its threads, and so for a name server that does not answer.
+    const isResolving = process.getActiveResourcesInfo().includes('GetAddrInfoReqWrap')
+    /* c8 ignore next -- a killed process reports no coverage; see test/slow/signals.test.ts */
+    if (isResolving) process.kill(process.pid, 'SIGKILL')
   })
   const log = createLog(config.LOG_LEVEL, destination)
   const { end } = await serve(config, log, openFilesLimit(() => readFileSync('/proc/self/limits', 'utf8')))
-  for (const signal of END_SIGNALS) process.off(signal, endStart)
+  for (const signal of END_SIGNALS) process.off(signal, exitDuringStart)
   if (process.env.npm_lifecycle_event !== 'start') return
   const { whenOrphaned } = await import('./commands/npm-parent.ts')
   whenOrphaned(() => process.ppid, pid => readFileSync(`/proc/${pid}/stat`, 'utf8'), end)
 }
 
-/** The exit code is 0, or 1 after one sentence for each mistake on standard error. */
+/** Runs one command. The exit code is 0, or 1 with one sentence for each error on standard error. */
 async function main (name = 'serve', args: string[]): Promise<void> {
   const run = commands.get(name)
-  if (run === undefined) throw new ConfigError(`${name} is no command: use ${[...commands.keys()].join(', ')}.`)
+  if (run === undefined) throw new ConfigError(`${name} is not a command: use ${[...commands.keys()].join(', ')}.`)
   const config = readConfig(process.env, path => readFileSync(path, 'utf8'))
-  // Children and diagnostic reports have no business with them.
+  // Keeps secrets out of child processes and diagnostic reports.
   for (const secret of SECRETS) delete process.env[secret]
   await run(config, args)
 }
 
 main(process.argv[2], process.argv.slice(3)).catch((error: Error) => {
-  const isMistake = error instanceof ConfigError || error.name === 'UsageError'
-  console.error(isMistake ? error.message : `The relay cannot go on: ${error.message}.`)
+  const isUserError = error instanceof ConfigError || error.name === 'UsageError'
+  console.error(isUserError ? error.message : `The relay cannot continue: ${error.message}.`)
   process.exit(1)
 })
 

@@ -5,40 +5,40 @@ import { join } from 'node:path'
 import { text } from 'node:stream/consumers'
 import { UsageError } from './admin.ts'
 
-/** The shortest limit of the systems that Node runs on. */
+/** The longest path of a socket, in bytes, on every system that Node supports. */
 const MAX_PATH = 103
 
 /**
- * Only one process may open an outbox's directory, so an operator's process asks the relay that has it: by HTTP,
- * through a socket in the directory, which is its owner's alone.
+ * Returns the path of the socket in an outbox directory. Only one process may open the directory, so admin commands
+ * reach the running relay over HTTP through this socket, which only its owner can use. A long path throws a UsageError.
  */
 function socketIn (directory: string): string {
   const path = join(directory, 'operators.sock')
-  // Node cuts a longer path off, and the socket would be somewhere else, open to others.
+  // Node truncates a longer path. The socket would then be elsewhere, and open to other users.
   if (Buffer.byteLength(path) > MAX_PATH) throw new UsageError(`${path} is too long for a socket: stop the relay.`)
   return path
 }
 
 /**
- * Lets operators' processes give orders to this one; `carryOut` yields what to print. Resolves with a function that
- * ends it; rejects when there can be no socket.
+ * Runs the admin commands of other processes; `run` yields the text to print. Resolves with a function that closes the
+ * socket. Rejects when the socket cannot be opened.
  */
 export async function serveAdminSocket (
-  directory: string, run: (order: string[]) => AsyncIterable<string>
+  directory: string, run: (args: string[]) => AsyncIterable<string>
 ): Promise<() => void> {
-  // A process that was killed leaves its socket behind, and we have the directory's lock.
+  // A killed process leaves its socket behind. This process holds the lock of the directory, so nothing else uses it.
   rmSync(socketIn(directory), { force: true })
-  const server = createServer(async (order, answer) => {
-    const closed = once(answer, 'close')
+  const server = createServer(async (incoming, response) => {
+    const closed = once(response, 'close')
     try {
-      for await (const chunk of run(JSON.parse(await text(order)))) {
-        if (!answer.write(chunk)) await Promise.race([closed, once(answer, 'drain')])
-        if (answer.destroyed) return
+      for await (const chunk of run(JSON.parse(await text(incoming)))) {
+        if (!response.write(chunk)) await Promise.race([closed, once(response, 'drain')])
+        if (response.destroyed) return
       }
-      answer.end()
+      response.end()
     } catch (error) {
-      if (answer.headersSent) answer.destroy()
-      else answer.writeHead(400).end((error as Error).message)
+      if (response.headersSent) response.destroy()
+      else response.writeHead(400).end((error as Error).message)
     }
   })
   server.listen(socketIn(directory))
@@ -50,13 +50,13 @@ export async function serveAdminSocket (
   }
 }
 
-/** What the process that has the directory answers to an order. Throws OrderError, also when there is no answer. */
-export async function * callAdminSocket (directory: string, order: string[]): AsyncGenerator<string> {
-  const asked = request({ socketPath: socketIn(directory), method: 'POST' }).end(JSON.stringify(order))
-  const [answer] = await once(asked, 'response').catch((error: NodeJS.ErrnoException) => {
-    throw new UsageError(`The process that uses ${directory} does not take orders (${error.code}): stop it first.`)
+/** Yields the output of an admin command from the process with the open directory. Throws a UsageError on failure. */
+export async function * callAdminSocket (directory: string, args: string[]): AsyncGenerator<string> {
+  const outgoing = request({ socketPath: socketIn(directory), method: 'POST' }).end(JSON.stringify(args))
+  const [response] = await once(outgoing, 'response').catch((error: NodeJS.ErrnoException) => {
+    throw new UsageError(`The process that uses ${directory} does not accept commands (${error.code}): stop it first.`)
   }) as [IncomingMessage]
-  answer.setEncoding('utf8')
-  if (answer.statusCode !== 200) throw new UsageError(await text(answer))
-  yield * answer
+  response.setEncoding('utf8')
+  if (response.statusCode !== 200) throw new UsageError(await text(response))
+  yield * response
 }

@@ -4,24 +4,26 @@ import { parseEvent } from '../identity/event.ts'
 import type { DeadLetter, Entry, Outbox } from '../outbox/outbox.ts'
 import { isTooOld } from '../relay/plan.ts'
 
-/** How many are read at a time. */
+/** The number of entries in one read. */
 const PAGE = 500
 
-/** A mistake of the operator's; `message` is a sentence for him. */
+/** A mistake in an operator's command. `message` is a sentence for the operator. */
 export class UsageError extends Error {
   override readonly name = 'UsageError'
 }
 
 /**
- * Carries out an operator's order and yields what to print, whole lines. `['list']` and `['dead']`: what waits and
- * what is dead, oldest first, as JSON. `['replay', …]` and `['drop', …]` with ids or `all`: dead letters wait again, by
- * `/import` where they are too old for `/track`, or are forgotten. Throws OrderError before it has done anything.
+ * Runs an admin command and yields whole lines to print. `['list']` and `['dead']` list queued events and dead letters
+ * as JSON, oldest first. `['replay', …]` and `['drop', …]` take ids or `all`. They queue dead letters again, through
+ * `/import` when too old for `/track`, or delete them. Throws a UsageError before it has changed anything.
  */
 export async function * runAdminCommand (outbox: Outbox, config: Config, args: string[]): AsyncGenerator<string> {
-  const [action = '', ...words] = args
-  const ids = words.map(word => word === '--all' ? 'all' : word)
+  const [action = '', ...operands] = args
+  const ids = operands.map(operand => operand === '--all' ? 'all' : operand)
   const takesIds = action === 'replay' || action === 'drop'
-  if (!takesIds && action !== 'list' && action !== 'dead') throw new UsageError('outbox: list, dead, replay or drop?')
+  if (!takesIds && action !== 'list' && action !== 'dead') {
+    throw new UsageError('outbox takes list, dead, replay or drop.')
+  }
   if (takesIds && ids.length === 0) throw new UsageError(`outbox ${action} takes ids, or all.`)
   if (ids.length > 1 && ids.includes('all')) throw new UsageError(`outbox ${action} takes ids, or all, not both.`)
   if (!takesIds && ids.length > 0) throw new UsageError(`outbox ${action} takes no ids.`)
@@ -29,21 +31,21 @@ export async function * runAdminCommand (outbox: Outbox, config: Config, args: s
 
   let changed = 0
   let byImport = 0
-  // Those that die meanwhile are not meant.
-  let left = outbox.counts().dead
+  // The command leaves out dead letters that are added while it runs.
+  let remaining = outbox.counts().dead
   for await (const page of pages(outbox.dead)) {
     const letters = page.filter(({ id }) => ids[0] === 'all' || ids.includes(id))
       .map(({ id, event }) => ({ id, ...isTooOld({ event }, config) && { endpoint: 'import' as const } }))
     byImport += letters.filter(({ endpoint }) => endpoint === 'import').length
     if (letters.length > 0) changed += await (action === 'replay' ? outbox.replay(letters) : outbox.drop(letters))
-    left -= page.length
-    if (left <= 0) break
-    // Others have to be served as well.
+    remaining -= page.length
+    if (remaining <= 0) break
+    // Lets the relay serve requests between two pages.
     await setImmediate()
   }
   yield action === 'drop'
     ? `${changed} dropped.\n`
-    : `${changed} wait again${byImport > 0 ? `, ${byImport} of them for /import, too old for /track` : ''}.\n`
+    : `${changed} queued again${byImport > 0 ? `, ${byImport} of them for /import: too old for /track` : ''}.\n`
   const unknown = ids[0] === 'all' ? 0 : new Set(ids).size - changed
   if (unknown > 0) yield `${unknown} unknown: see outbox dead.\n`
 }

@@ -1,11 +1,11 @@
 import type { Config } from '../config.ts'
 
-/** For HEALTHCHECK. Returns a sentence if the relay that the configuration describes is alive, else throws one. */
+/** Resolves with a sentence when the configured relay answers `/livez` within 2 s. Otherwise rejects with one. */
 export async function healthcheck ({ HOST, PORT }: Config): Promise<string> {
   const host = { '0.0.0.0': '127.0.0.1', '::': '::1' }[HOST] ?? HOST
   try {
-    const answer = await fetch(`${urlOf(host, PORT)}/livez`, { signal: AbortSignal.timeout(2000) })
-    if (!answer.ok) throw new Error(`/livez answered ${answer.status}`)
+    const response = await fetch(`${urlOf(host, PORT)}/livez`, { signal: AbortSignal.timeout(2000) })
+    if (!response.ok) throw new Error(`/livez answered ${response.status}`)
     return 'The relay is alive.'
   } catch (error) {
     const { message } = (error as Error).cause as Error | undefined ?? error as Error
@@ -13,5 +13,5 @@ export async function healthcheck ({ HOST, PORT }: Config): Promise<string> {
   }
 }
 
-/** The address as a URL. */
+/** Returns the URL of a host and a port. */
 export const urlOf = (host: string, port: number) => `http://${host.includes(':') ? `[${host}]` : host}:${port}`

@@ -1,9 +1,9 @@
-/** How often the relay looks whether npm still runs. */
+/** The interval between two checks that npm still runs. */
 const CHECK_MS = 500
 
 /**
- * Calls `end` once when npm is gone: a supervisor signals `npm start`, which ends only the shell between npm and this
- * process. `parent` returns the id of the shell, `readStat` the text of `/proc/<pid>/stat`, or throws.
+ * Calls `end` once after npm has ended. A signal to `npm start` ends npm and the shell below it, but not this process.
+ * `parent` returns the process id of the shell. `readStat` returns the text of `/proc/<pid>/stat` or throws.
  */
 export function whenOrphaned (parent: () => number, readStat: (pid: number) => string, end: () => void): void {
   const ancestors = () => `${parent()} ${parentOf(() => readStat(parent()))}`
@@ -15,7 +15,7 @@ export function whenOrphaned (parent: () => number, readStat: (pid: number) => s
   }, CHECK_MS).unref()
 }
 
-/** The parent of a process, from its `/proc/<pid>/stat`; empty where `read` throws, elsewhere than on Linux. */
+/** Returns the parent's id in `/proc/<pid>/stat`, or '' when `read` throws, as on systems other than Linux. */
 export function parentOf (read: () => string): string {
   try {
     const [, rest = ''] = read().split(') ')

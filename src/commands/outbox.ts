@@ -9,24 +9,24 @@ const noop = () => {}
 const silent = { debug: noop, info: noop, warn: noop, error: noop }
 
 /**
- * `outbox list | dead | replay | drop` from the command line: see `operate`. A directory that a relay has open is left
- * to it, and asked for; Redis is open to all.
+ * Runs `outbox list | dead | replay | drop` and yields the text to print: see `runAdminCommand`. A relay that has the
+ * outbox directory open runs the command itself; Redis allows several processes. Throws a UsageError without an outbox.
  */
-export async function * outboxCommand (config: Config, order: string[]): AsyncGenerator<string> {
+export async function * outboxCommand (config: Config, args: string[]): AsyncGenerator<string> {
   const directory = directoryOf(config)
-  if (directory !== undefined && !existsSync(directory)) throw new UsageError(`There is no ${directory}.`)
+  if (directory !== undefined && !existsSync(directory)) throw new UsageError(`${directory} does not exist.`)
   const redis = config.OUTBOX === 'redis' ? await openConnection(config, silent) : undefined
   try {
     const outbox = await openOutbox(config, redis, silent)
-    if (outbox === undefined) throw new UsageError('OUTBOX is off: there is nothing to look at.')
+    if (outbox === undefined) throw new UsageError('OUTBOX is off: there is no outbox.')
     try {
-      yield * runAdminCommand(outbox, config, order)
+      yield * runAdminCommand(outbox, config, args)
     } finally {
       await outbox.close()
     }
   } catch (error) {
     if (!(error instanceof DirectoryInUse)) throw error
-    yield * callAdminSocket(String(directory), order)
+    yield * callAdminSocket(String(directory), args)
   } finally {
     redis?.disconnect()
   }

@@ -9,18 +9,18 @@ import { createRelay } from '../relay/relay.ts'
 import { runAdminCommand } from './admin.ts'
 import { serveAdminSocket } from './admin-socket.ts'
 
-/** With Node's 511 a burst of a thousand new connections waits a second for TCP to try again. */
+/** With Node's default of 511, part of a burst of 1000 connections waits a second for TCP to retry. */
 const BACKLOG = 4096
 
-/** Connections to Mixpanel and Redis, the outbox, the log and Node's own files. */
+/** Files for connections to Mixpanel and Redis, the outbox, the log and Node itself. */
 const OTHER_FILES = 128
 
-/** What the last answers, the outbox, the log and the connections may take after the callers' own time is up. */
+/** Time after SHUTDOWN_TIMEOUT_MS for the last responses and to close the outbox, the log and connections. */
 const CLOSING_MS = 3000
 
 /**
- * How many files this process may have open, from `/proc/self/limits`. Node has raised its limit to the most that it
- * was given. Infinity where there is none, or where `read` throws: elsewhere than on Linux.
+ * Returns how many files this process may open, from `/proc/self/limits`; Node has raised the soft limit to the hard
+ * one. Returns Infinity when there is no limit, or when `read` throws, as on systems other than Linux.
  */
 export function openFilesLimit (read: () => string): number {
   try {
@@ -31,15 +31,15 @@ export function openFilesLimit (read: () => string): number {
   }
 }
 
-/** Loaded when it is first asked for, and made once. */
 let document: Promise<{ document: object, yaml: string }> | undefined
+/** Resolves with the OpenAPI document, as an object and as YAML. It is loaded on the first call and made once. */
 export const openapiDocument = (config: Config) =>
   (document ??= import('../http/openapi.ts').then(({ openapi }) => openapi(config)))
 
 /**
- * Starts the relay; resolves when it listens, and from then on a signal ends the process in order: at the latest after
- * SHUTDOWN_DELAY_MS + SHUTDOWN_TIMEOUT_MS + 3 s, at a second signal at once. Rejects with a sentence where it cannot
- * start. `openFiles` is how many files the process may have open. `end` does what a first signal does.
+ * Starts the relay and resolves when it listens. From then on a signal starts a shutdown, which takes at most
+ * SHUTDOWN_DELAY_MS + SHUTDOWN_TIMEOUT_MS + 3 s; a second signal ends the process at once. Rejects with a sentence when
+ * the relay cannot start. `openFiles` is the number of files that the process may open. `end` acts as a first signal.
  */
 export async function serve (
   requested: Config, { logger, logRequest }: ReturnType<typeof createLog>, openFiles = Infinity
@@ -47,15 +47,16 @@ export async function serve (
   const connections = Math.max(1, Math.min(requested.MAX_CONNECTIONS, openFiles - OTHER_FILES))
   const config = { ...requested, MAX_CONNECTIONS: connections }
   if (connections < requested.MAX_CONNECTIONS) {
-    logger.warn({ connections, open_files: openFiles }, 'fewer connections than MAX_CONNECTIONS: raise the file limit')
+    const hint = 'raise the limit of open files'
+    logger.warn({ hint, connections, open_files: openFiles }, 'fewer connections than MAX_CONNECTIONS')
   }
   const redis = await openConnection(config, logger)
   const outbox = await openOutbox(config, redis, logger)
   const directory = directoryOf(config)
   const closeAdminSocket = directory === undefined || outbox === undefined
     ? undefined
-    : await serveAdminSocket(directory, order => runAdminCommand(outbox, config, order)).catch(({ message }) =>
-      logger.warn({ cause: message }, 'no socket in the outbox directory: its commands need the relay to be stopped'))
+    : await serveAdminSocket(directory, args => runAdminCommand(outbox, config, args)).catch(({ message: cause }) =>
+      logger.warn({ cause, hint: 'stop the relay to run outbox commands' }, 'no socket in the outbox directory'))
   const client = createMixpanel(config)
   const relay = createRelay(config, client, logger, outbox)
   relay.start()
@@ -63,11 +64,12 @@ export async function serve (
     relay, redis, logger, logRequest, document: async () => (await openapiDocument(config)).document
   })
   const mixpanel = baseUrl(config)
-  if (isLoopback(config.HOST)) logger.warn('anyone on this machine may identify anyone: no credentials are configured')
-  else logger.warn('ALLOW_ANONYMOUS: anyone who reaches this address may identify anyone')
+  const callers = isLoopback(config.HOST) ? 'any process on this machine' : 'any caller that reaches this address'
+  const open = { allow_anonymous: config.ALLOW_ANONYMOUS, risk: `${callers} may merge identities` }
+  logger.warn(open, 'no caller credentials')
   const { protocol, hostname } = new URL(mixpanel)
   if (protocol === 'http:' && !isLoopback(hostname.replace(/^\[|\]$/g, ''))) {
-    logger.warn('MIXPANEL_URL is not https: the token travels in the clear')
+    logger.warn({ risk: 'the token travels in the clear' }, 'MIXPANEL_URL without https')
   }
   const url = await app.listen({ host: config.HOST, port: config.PORT, backlog: BACKLOG })
 

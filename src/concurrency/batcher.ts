@@ -6,23 +6,22 @@ export interface BatcherOptions<Item, Result> {
   maxBatch: number
   /** The size of an item, in the unit of `maxBytes`. */
   bytesOf?: (item: Item) => number
-  /** The most that one send carries; an item that is larger travels alone. */
+  /** The most bytes of one batch; a larger item travels alone. */
   maxBytes?: number
-  /** While sends under way carry as much, none leaves. */
+  /** No batch leaves while this many bytes are in flight. */
   maxSentBytes?: number
-  /** While fewer sends than these are under way, nothing waits. By default it never does. */
+  /** While fewer sends are in flight, no item waits. Unlimited by default. */
   freeSends?: number
-  /** How many sends may be under way at a time. */
   maxSends?: number
-  /** How many items may wait, those being sent included. */
+  /** The most items in the queue and in flight. */
   maxItems?: number
-  /** How long an item may wait for its send; then it gets this result and is never sent. By default for ever. */
+  /** An item that is queued for `afterMs` gets `result` and is never sent. By default items wait without limit. */
   late?: { afterMs: number, result: Result }
-  /** True for an item that shares its batch with no other. */
+  /** Returns true for an item that must travel alone. */
   isAlone?: (item: Item) => boolean
 }
 
-/** So many bytes may leave in one turn of the event loop, give or take a batch: to encode them takes time. */
+/** The most bytes that leave in one turn of the event loop, plus at most one batch: encoding takes time. */
 const TURN_BYTES = 1_048_576
 
 interface Entry<Item, Result> {
@@ -35,13 +34,13 @@ interface Entry<Item, Result> {
 }
 
 /**
- * Merges concurrent calls into one, as a database groups commits; knows nothing of what it carries.
+ * Merges concurrent calls into one, as a database groups commits.
  *
- * When does a batch leave? While fewer than `freeSends` are under way: as soon as the event loop has read what came
- * together with it, which for a lone item is at once. Otherwise when one of the sends ends, with what came meanwhile,
- * or when it is full, by count or by bytes (or holds one that travels alone), and fewer than `maxSends` are under way.
- * No timer fills a batch, so few callers see no delay, and the slower the sends and the more the callers, the larger
- * the batches. A caller who goes away changes nothing: his item is sent with its batch.
+ * While fewer than `freeSends` sends are in flight, a batch leaves once the event loop has read the items that arrived
+ * together; a lone item leaves at once. Otherwise items wait until a send ends. With fewer than `maxSends` in flight, a
+ * batch also leaves when it is full, by count or by bytes, or begins with an item that travels alone. No timer fills a
+ * batch: with few callers there is no delay, and batches grow with the load and with the duration of the sends. A
+ * caller that disconnects changes nothing: its item is sent with its batch.
  */
 export function createBatcher<Item, Result> ({
   send, maxBatch, bytesOf = () => 0, maxBytes = Infinity, maxSentBytes = Infinity, freeSends = Infinity,
@@ -55,7 +54,6 @@ export function createBatcher<Item, Result> ({
   let isScheduled = false
   let expiry: NodeJS.Timeout | undefined
 
-  /** True if what is first in the queue may leave now. */
   function mayLeave (): boolean {
     const [first] = queue
     if (first === undefined || sends >= maxSends || sentBytes >= maxSentBytes) return false
@@ -73,16 +71,15 @@ export function createBatcher<Item, Result> ({
     isScheduled = false
     let bytes = 0
     while (mayLeave() && bytes < TURN_BYTES) {
-      const batch = nextBatch()
+      const batch = takeBatch()
       bytes += sizeOf(batch)
       run(batch)
     }
     if (mayLeave()) schedule()
-    watch()
+    scheduleExpiry()
   }
 
-  /** Takes from the front of the queue what travels together. */
-  function nextBatch (): Entry<Item, Result>[] {
+  function takeBatch (): Entry<Item, Result>[] {
     let count = 0
     let bytes = 0
     for (const entry of queue) {
@@ -111,8 +108,8 @@ export function createBatcher<Item, Result> ({
     if (!isScheduled && mayLeave()) schedule()
   }
 
-  /** Only one timer, for the first in the queue, and none while nothing has to wait. */
-  function watch (): void {
+  /** Starts the timer of the first item in the queue; one timer is enough. */
+  function scheduleExpiry (): void {
     const [first] = queue
     if (first === undefined || late === undefined) return
     expiry ??= setTimeout(() => expire(late), first.since + late.afterMs - performance.now())
@@ -126,11 +123,11 @@ export function createBatcher<Item, Result> ({
       items.end()
       entry.resolve(result)
     }
-    watch()
+    scheduleExpiry()
   }
 
   return {
-    /** The item's own result; undefined, at once, where `maxItems` wait already. */
+    /** Returns a promise of the item's own result, or undefined if there are `maxItems` already. */
     add (item: Item): Promise<Result> | undefined {
       if (items.count() >= maxItems) return undefined
       items.begin()
@@ -140,12 +137,12 @@ export function createBatcher<Item, Result> ({
         queue.push({ item, bytes, since: performance.now(), resolve, reject })
         if (isScheduled) return
         if (mayLeave()) schedule()
-        else watch()
+        else scheduleExpiry()
       })
     },
-    /** How many items wait, those being sent included. */
+    /** Returns how many items are queued or being sent. */
     inFlight: items.count,
-    /** Resolves when no item waits any more. */
+    /** Resolves when every item has its result. */
     idle: items.idle
   }
 }

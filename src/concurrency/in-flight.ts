@@ -1,6 +1,6 @@
-/** Counts what is under way, and tells when nothing is. */
+/** A counter of operations in flight. */
 export function createInFlight () {
-  const idlers: (() => void)[] = []
+  const waiters: (() => void)[] = []
   let count = 0
 
   return {
@@ -8,9 +8,9 @@ export function createInFlight () {
     begin: () => { count++ },
     end (by = 1): void {
       count -= by
-      if (count === 0) for (const resolve of idlers.splice(0)) resolve()
+      if (count === 0) for (const resolve of waiters.splice(0)) resolve()
     },
-    /** Resolves when nothing is under way. */
-    idle: () => count === 0 ? Promise.resolve() : new Promise<void>(resolve => { idlers.push(resolve) })
+    /** Resolves when nothing is in flight. */
+    idle: () => count === 0 ? Promise.resolve() : new Promise<void>(resolve => { waiters.push(resolve) })
   }
 }

@@ -1,45 +1,43 @@
 import { createInFlight } from './in-flight.ts'
 
 /**
- * Keeps those apart who claim the same thing at the same time. The first one's work runs; the others wait in line until
- * it has ended, then the next one's runs. Where `isDecided` says so of a result, the order of those in line no longer
- * matters, and they all go on at once.
+ * A mutex for each key: tasks with one key run one at a time, in the order of the calls. Once `isDecided` returns true
+ * for a result, order no longer matters, and all queued tasks of that key start at once.
  */
 export function createKeyedMutex<Result> (isDecided: (result: Result) => boolean) {
-  /** Those in line behind the one whose work runs. */
-  const queues = new Map<string, ((isFirst: boolean) => void)[]>()
+  /** Callbacks that start the queued tasks of a key. The argument is true for a task that holds the lock. */
+  const queues = new Map<string, ((holdsLock: boolean) => void)[]>()
   const inFlight = createInFlight()
 
-  async function run (key: string, work: () => Promise<Result>): Promise<Result> {
+  async function run (key: string, task: () => Promise<Result>): Promise<Result> {
     inFlight.begin()
     const queue = queues.get(key)
     if (queue === undefined) queues.set(key, [])
-    const isFirst = queue === undefined || await new Promise<boolean>(resolve => queue.push(resolve))
-    let isOver = false
+    const holdsLock = queue === undefined || await new Promise<boolean>(resolve => queue.push(resolve))
+    let isFinal = false
     try {
-      const result = await work()
-      isOver = isDecided(result)
+      const result = await task()
+      isFinal = isDecided(result)
       return result
     } finally {
-      if (isFirst) endTurn(key, isOver)
+      if (holdsLock) release(key, isFinal)
       inFlight.end()
     }
   }
 
-  function endTurn (claim: string, isOver: boolean): void {
-    const line = queues.get(claim) as ((isFirst: boolean) => void)[]
-    const next = isOver ? undefined : line.shift()
+  function release (key: string, isFinal: boolean): void {
+    const queue = queues.get(key) as ((holdsLock: boolean) => void)[]
+    const next = isFinal ? undefined : queue.shift()
     if (next !== undefined) return next(true)
-    queues.delete(claim)
-    for (const goOn of line) goOn(false)
+    queues.delete(key)
+    for (const start of queue) start(false)
   }
 
   return {
-    /** The result of `work`, which begins when nobody before it claims the same. */
+    /** Resolves with the result of `task`, which starts after the earlier tasks with the same key. */
     run,
-    /** How many have no result yet. */
     inFlight: inFlight.count,
-    /** Resolves when all have their result. */
+    /** Resolves when every task has its result. */
     idle: inFlight.idle
   }
 }

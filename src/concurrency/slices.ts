@@ -1,21 +1,19 @@
-/** How many turns are left to all else between two slices, unless there was none for a while. */
+/** How many turns of the event loop pass between two slices, unless the last one was long ago. */
 const PAUSE_TURNS = 8
 const LONG_AGO_MS = 50
 
 export type Slices = () => Promise<void> | undefined
 
 /**
- * Shares the event loop among pieces of long work: together they get `ms` in a turn of it, one after the other, so that
- * however many there are, whatever else the process does waits no longer than that.
- *
- * Returns a function that such work calls between two steps. It returns undefined where there is time left, else a
- * promise that resolves in the work's next slice.
+ * Returns a function that long work calls between two steps. It returns undefined while time is left, else a promise
+ * that resolves in the next slice of that work. All callers, however many, together get `ms` in one turn of the event
+ * loop, one after another. The rest of the process waits no longer than that.
  */
 export function createSlices (ms: number): Slices {
   const waiting: (() => void)[] = []
   let since = -Infinity
 
-  /** `turns` pass before the next slice: Node accepts one connection in a turn, however many wait. */
+  /** Starts the next slice after `turns` turns: Node accepts one connection in a turn, however many are pending. */
   function next (turns: number): void {
     if (turns > 0) {
       setImmediate(next, turns - 1)

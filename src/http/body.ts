@@ -7,12 +7,12 @@ import { checkUtf8, parseJson } from './json.ts'
 
 declare module 'fastify' {
   interface FastifyRequest {
-    /** The bytes that the body holds of MAX_BYTES_IN_FLIGHT, from its first byte until its answer has left. */
+    /** The part of MAX_BYTES_IN_FLIGHT that the body holds, from its first byte until its response has left. */
     lease: Lease
   }
 }
 
-/** A body that could not be read. `problem` is its code; `detail` the broken rule, for the caller. */
+/** The error of a body that cannot be read. `problem` is its code; `detail` states the broken rule. */
 export class BodyError extends Error {
   readonly problem: 'invalid_request' | 'body_too_large' | 'overloaded'
   constructor (problem: BodyError['problem'], detail = '') {
@@ -21,7 +21,7 @@ export class BodyError extends Error {
   }
 }
 
-/** Some bytes of a budget, of which all leases of one share may hold `share.max` together. */
+/** Bytes of a budget. All leases of one share together hold at most `share.max`. */
 export class Lease {
   held = 0
   readonly #budget: Bound
@@ -31,14 +31,14 @@ export class Lease {
     this.#share = share
   }
 
-  /** Takes more bytes; false, and takes none, where the budget or the share has none left. */
+  /** Takes more bytes and returns true. Returns false, and takes none, when the budget or the share has too few. */
   grow (bytes: number): boolean {
     if (this.#budget.used + bytes > this.#budget.max || this.#share.used + bytes > this.#share.max) return false
     this.#take(bytes)
     return true
   }
 
-  /** Gives all of them back. */
+  /** Gives all bytes back. A second call has no effect. */
   release (): void {
     this.#take(-this.held)
   }
@@ -52,18 +52,18 @@ export class Lease {
 
 interface Bound { used: number, readonly max: number }
 
-const ignore = () => {}
+const noop = () => {}
 
-/** What Node takes to read a piece of a body: for the piece, and for its bytes. */
-const PIECE_US = 2
+/** Node's cost to read a chunk of a body: a fixed part, and a part for its bytes. */
+const CHUNK_US = 2
 const BYTES_PER_US = 2000
 
-/** Counts bytes against a bound, over all who hold some. */
+/** Returns a budget of `max` bytes. */
 export function createByteBudget (max: number) {
   const budget: Bound = { used: 0, max }
   return {
     used: () => budget.used,
-    /** Returns what makes leases that may hold so much of the budget together, a fraction of it. */
+    /** Returns a function that makes leases. Together these hold at most `fraction` of the budget. */
     share (fraction: number): () => Lease {
       const share: Bound = { used: 0, max: max * fraction }
       return () => new Lease(budget, share)
@@ -71,12 +71,12 @@ export function createByteBudget (max: number) {
   }
 }
 
-/** A body may come in as many pieces as this, and in more where they have that many bytes on average. */
-const MAX_PIECES = 1000
-const PIECE_BYTES = 32
-/** What Node takes for the others that it has read with them. */
+/** A body may have MAX_CHUNKS chunks, and more when they have MIN_CHUNK_BYTES bytes on average. */
+const MAX_CHUNKS = 1000
+const MIN_CHUNK_BYTES = 32
+/** Node's cost of the tiny chunks that it has read beyond that, in µs. */
 const TINY_US = 10_000
-const TINY = 'must not come in a thousand tiny chunks'
+const TINY = 'must not arrive in a thousand tiny chunks'
 
 const NO_BYTES = Buffer.alloc(0)
 
@@ -84,66 +84,67 @@ type Done = (error: Error | null, body?: unknown) => void
 
 interface Options {
   config: Pick<Config, 'MAX_BYTES_IN_FLIGHT'>
-  /** Told what reading has cost, in µs. */
-  spend: (socket: Socket, us: number) => void
+  /** Records the cost of reading from a connection, in µs. */
+  recordCost: (socket: Socket, us: number) => void
 }
 
-interface Accepted {
+interface ReaderOptions {
   types: string[]
-  /** The most that a body may have, in bytes. */
+  /** The largest body, in bytes. */
   limit: number
   /** The fraction of MAX_BYTES_IN_FLIGHT that all such bodies may hold together. */
   share: number
-  /** Makes the request's `body` of its bytes. */
   parse: (body: Buffer, done: Done) => void
 }
 
 export type Bodies = ReturnType<typeof createBodies>
 
-/** Bounds the memory of bodies: a body holds what it has of MAX_BYTES_IN_FLIGHT until its answer has left. */
-export function createBodies ({ config, spend }: Options) {
+/** Returns a bound on the memory of bodies: each holds a part of MAX_BYTES_IN_FLIGHT until its response has left. */
+export function createBodies ({ config, recordCost }: Options) {
   const budget = createByteBudget(config.MAX_BYTES_IN_FLIGHT)
   return {
-    /** How many bytes are arriving, or wait for their answer to leave. */
+    /** Returns the number of bytes that all bodies hold. */
     bytesInFlight: budget.used,
 
     /**
-     * Lets the routes of `app` read bodies. A body that is longer than `limit`, or for which MAX_BYTES_IN_FLIGHT has no
-     * room, fails with a BodyError; then nothing more of it is kept.
+     * Lets the routes of `app` read bodies. A body longer than `limit`, or beyond MAX_BYTES_IN_FLIGHT, fails with a
+     * BodyError, and the rest of it is discarded.
      */
-    accept (app: FastifyInstance, { types, limit, share, parse }: Accepted): void {
-      const lease = budget.share(share)
+    accept (app: FastifyInstance, { types, limit, share, parse }: ReaderOptions): void {
+      const createLease = budget.share(share)
       app.decorateRequest('lease', null as unknown as Lease)
       app.addHook('onRequest', (request, reply, done) => {
-        const held = lease()
-        request.lease = held
-        reply.raw.on('close', () => held.release())
+        const lease = createLease()
+        request.lease = lease
+        reply.raw.on('close', () => lease.release())
         done()
       })
-      app.addContentTypeParser(types, createReader({ limit, spend, parse }))
+      app.addContentTypeParser(types, createReader({ limit, recordCost, parse }))
     }
   }
 }
 
-/** Returns a content type parser that gathers a body, within its request's lease, and gives it to `parse`. */
-function createReader ({ limit, spend, parse }: Pick<Accepted, 'limit' | 'parse'> & Pick<Options, 'spend'>) {
+/** Returns a content type parser that gathers a body within its request's lease and passes it to `parse`. */
+function createReader (
+  { limit, recordCost, parse }: Pick<ReaderOptions, 'limit' | 'parse'> & Pick<Options, 'recordCost'>
+) {
   return ({ headers, lease }: FastifyRequest, payload: IncomingMessage, done: Done): void => {
     const declared = Number(headers['content-length'] ?? 0)
     if (declared > limit) return done(new BodyError('body_too_large'))
-    // Most bodies come in one piece, which is taken as it is. Many small pieces must not cost an object each.
+    // Most bodies arrive in one chunk, which is used without a copy. Many small ones must not cost an object each.
     let body: Buffer = NO_BYTES
     let length = 0
-    let pieces = 0
+    let chunks = 0
 
     function append (chunk: Buffer): void {
-      pieces++
-      if (pieces > MAX_PIECES && length < pieces * PIECE_BYTES) {
-        spend(payload.socket, TINY_US)
+      chunks++
+      if (chunks > MAX_CHUNKS && length < chunks * MIN_CHUNK_BYTES) {
+        recordCost(payload.socket, TINY_US)
         return end(new BodyError('invalid_request', TINY))
       }
       if (length + chunk.length > limit) return end(new BodyError('body_too_large'))
-      // Not for the small bodies that nearly all are.
-      if (pieces > 1 || chunk.length > SMALL) spend(payload.socket, PIECE_US + chunk.length / BYTES_PER_US)
+      // Nearly all bodies are one small chunk, too cheap to record.
+      if (chunks > 1 || chunk.length > SMALL) recordCost(payload.socket, CHUNK_US + chunk.length / BYTES_PER_US)
       if (!lease.grow(chunk.length)) return end(new BodyError('overloaded'))
       if (length === 0) {
         body = chunk
@@ -157,30 +158,30 @@ function createReader ({ limit, spend, parse }: Pick<Accepted, 'limit' | 'parse'
     }
 
     function end (error?: Error): void {
-      // None of these closures may live as long as the request does: they keep the body.
+      // These closures hold the body, so they must not live as long as the request.
       payload.off('data', append).off('end', end).off('error', end)
       if (error === undefined) return parse(body.length === length ? body : body.subarray(0, length), done)
-      // What still comes is thrown away. Without a listener Node would buffer each piece first.
-      payload.on('data', ignore)
+      // Discards the rest of the body. Without a listener Node would buffer each chunk first.
+      payload.on('data', noop)
       done(error instanceof BodyError ? error : new BodyError('invalid_request', 'must arrive whole'))
     }
     payload.on('data', append).on('end', end).on('error', end)
   }
 }
 
-/** A buffer of at least `needed` bytes that begins with the first `length` of `body`. Unused pages take no memory. */
+/** Returns a buffer of at least `needed` bytes, with the first `length` of `body`. Unused pages take no memory. */
 function enlarged (body: Buffer, length: number, needed: number): Buffer {
   const larger = Buffer.allocUnsafeSlow(Math.max(needed, Math.ceil(1.5 * body.length)))
   body.copy(larger, 0, 0, length)
   return larger
 }
 
-/** A body of so many bytes is looked at at once. */
+/** A body of up to this many bytes is parsed at once. */
 const SMALL = 8192
 
-/** Parses a body as JSON. One of more than `most` bytes is refused; one that is not small waits for its slice. */
-export const parseAsJson = (most: number, nextSlice: Slices) => (body: Buffer, done: Done): void => {
-  if (body.length > most) return done(new BodyError('invalid_request', tooLong(most)))
+/** Returns a parser for JSON that refuses more than `max` bytes. A body that is not small waits for its slice. */
+export const parseAsJson = (max: number, nextSlice: Slices) => (body: Buffer, done: Done): void => {
+  if (body.length > max) return done(new BodyError('invalid_request', tooLong(max)))
   const parse = () => {
     let value: unknown
     try {
@@ -195,5 +196,5 @@ export const parseAsJson = (most: number, nextSlice: Slices) => (body: Buffer, d
   else slice.then(parse)
 }
 
-/** What is said of JSON that has more than `most` bytes. */
-export const tooLong = (most: number) => `must be at most ${most / 1024} KiB of JSON`
+/** Returns the error text for JSON of more than `max` bytes. */
+export const tooLong = (max: number) => `must be at most ${max / 1024} KiB of JSON`

@@ -7,56 +7,56 @@ import { linger } from './lingering-close.ts'
 import { createReadThrottle, type ReadingCost } from './read-throttle.ts'
 import { createPipelining, endAfterAnswers, isLast, unfinished, type Pipeline } from './pipelining.ts'
 
-/** Node keeps each header of a head that still arrives, at ten times its size where it is tiny. */
+/** Node keeps at most this many headers of a request. Until the head ends, a tiny header takes ten times its size. */
 export const MAX_HEADERS = 128
 
-/** A request that is not complete by then is closed with 408. */
+/** A request that is incomplete after this time gets 408, and its connection closes. */
 const REQUEST_TIMEOUT_MS = 10_000
 
-/** Longer than the idle time of common load balancers (Google's has 600 s), which meet a closing connection else. */
+/** Longer than the idle time of load balancers (Google's: 600 s), which could otherwise use a closing connection. */
 const KEEP_ALIVE_MS = 620_000
 
-/** An answer that its caller has not taken after so many looks, one a second, is given up with its connection. */
+/** A connection is destroyed after this many sweeps, one a second, in which its peer read none of a response. */
 const MAX_UNREAD_SWEEPS = 10
 const SWEEP_MS = 1000
 
-/** A body that is refused unread is read and thrown away up to this length, for the sake of the connection. */
-const MAX_IGNORED_BYTES = 65_536
+/** To keep the connection open, an unread body of up to this length is read and discarded. */
+const MAX_DISCARDED_BYTES = 65_536
 
-/** A connection that is silent for longer is no client whose request is on its way. */
+/** A client that opens a connection sends its request within this time. */
 const FRESH_MS = 100
 
-/** The share of all connections that one address may hold. */
+/** One address may hold this fraction of all connections: a quarter. */
 const ADDRESS_SHARE = 4
 
-/** All connections of one address. */
-interface Peer extends ReadingCost { address: string, held: number }
+/** The connections of one address, as `addressKey` counts it. */
+interface Peer extends ReadingCost { address: string, connectionCount: number }
 
 interface Connection {
   peer: Peer
-  /** True where it comes from one of TRUST_PROXY. */
+  /** True when its address is in TRUST_PROXY. */
   isProxy: boolean
-  /** When it was opened, by performance.now(). */
+  /** When the connection opened, by performance.now(). */
   since: number
   pipeline: Pipeline
-  /** Bytes that the peer had taken at the last look, and how often it had taken none. */
-  taken: number
+  /** Bytes that had left at the last sweep, and the number of sweeps in a row in which none left. */
+  sentBytes: number
   unreadSweeps: number
 }
 
 interface Options {
   config: Pick<Config, 'MAX_CONNECTIONS' | 'TRUST_PROXY'>
-  /** Counts requests that were refused unread against the limit of an address. */
+  /** Counts requests that were refused unread against the rate limit of an address. */
   charge: (address: string, count: number) => void
-  /** Called for what keeps connections from being accepted, such as EMFILE. */
+  /** Called with an error that keeps the server from accepting connections, such as EMFILE. */
   onError: (error: Error) => void
 }
 
 export type Connections = ReturnType<typeof createConnections>
 
 /**
- * Bounds what a peer can make the relay hold by its connections alone: how many there are, in all and by address; how
- * many requests of one are under way; how long an answer waits to be read. Node bounds none of it.
+ * Returns bounds on what a peer's connections make the relay hold: the number of connections, in all and by address;
+ * the unanswered requests of each; the time that a response waits to be read. Node bounds none of these.
  */
 export function createConnections ({ config, charge, onError }: Options) {
   const { MAX_CONNECTIONS: max, TRUST_PROXY: proxies } = config
@@ -65,64 +65,63 @@ export function createConnections ({ config, charge, onError }: Options) {
   const peers = new Map<string, Peer>()
   const isInProxies = createNetworks(proxies)
   const throttle = createReadThrottle(connections)
-  const { spend } = throttle
+  const { recordCost } = throttle
   const pipelining = createPipelining({
-    spend,
+    recordCost,
     charge (socket, count) {
       const { peer, isProxy } = connections.get(socket) ?? {}
-      // A proxy's requests are those of its clients.
+      // The requests of a proxy belong to its clients.
       if (peer !== undefined && isProxy === false) charge(peer.address, count)
     }
   })
 
-  /** Counts a new connection in, or closes it where there is no room for it. */
-  function admit (socket: Socket): void {
+  function onConnection (socket: Socket): void {
     const { remoteAddress = '' } = socket
     const address = addressKey(remoteAddress)
-    const held = peers.get(address)?.held ?? 0
-    const hasRoom = mayHoldAll(remoteAddress) || held < max / ADDRESS_SHARE || evict(address)
+    const connectionCount = peers.get(address)?.connectionCount ?? 0
+    const hasRoom = mayHoldAll(remoteAddress) || connectionCount < max / ADDRESS_SHARE || evict(address)
     if (!hasRoom || (connections.size >= max && !evict())) {
       socket.destroy()
       return
     }
-    // Looked up again: what was evicted may have been its last.
-    const peer = peers.get(address) ?? { address, held: 0, spent: 0 }
+    // A second look, because eviction may have closed the last connection of this address.
+    const peer = peers.get(address) ?? { address, connectionCount: 0, recentCost: 0 }
     peers.set(address, peer)
-    peer.held++
+    peer.connectionCount++
     const since = performance.now()
-    // By its whole address: that of a peer is cut to its network.
+    // The whole address decides; the key of an IPv6 peer is only its network.
     const isProxy = isInProxies(remoteAddress)
-    const connection = { peer, isProxy, since, pipeline: pipelining.open(), taken: 0, unreadSweeps: 0 }
+    const connection = { peer, isProxy, since, pipeline: pipelining.open(), sentBytes: 0, unreadSweeps: 0 }
     connections.set(socket, connection)
-    // Node calls this after an answer with `connection: close`. With a body unread the kernel would reset the peer.
-    socket.destroySoon = () => linger(socket, spend)
+    // Node calls this after a response with `connection: close`. An unread body would make the kernel send a reset.
+    socket.destroySoon = () => linger(socket, recordCost)
     socket.on('close', () => forget(socket, connection))
-    // Node resumes a new connection once this turn's callbacks are over.
-    setImmediate(throttle.admit, socket, peer)
+    // After this turn's callbacks, because Node resumes a new connection in this turn.
+    setImmediate(throttle.pauseNew, socket, peer)
   }
 
   function forget (socket: Socket, connection: Connection): void {
     if (!connections.delete(socket)) return
-    connection.peer.held--
-    if (connection.peer.held === 0) peers.delete(connection.peer.address)
+    connection.peer.connectionCount--
+    if (connection.peer.connectionCount === 0) peers.delete(connection.peer.address)
     pipelining.close(connection.pipeline)
   }
 
   /**
-   * Closes the connection that can best be spared, of `address` or of all: the oldest silent one, unless all of these
-   * are very new and few; else the oldest that is idle, then a new one, then the oldest whose body still arrives. False
-   * where every one is at work.
+   * Destroys one connection, of `address` or of all: the oldest that has sent no request and is not new. Otherwise the
+   * oldest idle one, then a new one, then one whose body still arrives; but a new one when these are more than half of
+   * all connections. Returns false when there is none of these.
    */
   function evict (address?: string): boolean {
     let idle: Socket | undefined
     let fresh: Socket | undefined
     let arriving: Socket | undefined
     let silent = 0
-    const longAgo = performance.now() - FRESH_MS
+    const freshSince = performance.now() - FRESH_MS
     for (const [socket, { peer, since, pipeline }] of connections) {
       if (address !== undefined && address !== peer.address) continue
-      if (!pipeline.hasAsked && since < longAgo) return close(socket)
-      if (!pipeline.hasAsked) {
+      if (!pipeline.hasRequested && since < freshSince) return close(socket)
+      if (!pipeline.hasRequested) {
         fresh ??= socket
         silent++
       } else if (pipeline.unanswered === 0) {
@@ -142,14 +141,15 @@ export function createConnections ({ config, charge, onError }: Options) {
     return true
   }
 
-  /** Gives up answers that are not read. Looks are counted, not time: a stall of this process is not the peer's. */
+  /** Destroys connections with unread responses. It counts sweeps, so that a stall of this process does not count. */
   function sweep (): void {
-    for (const peer of peers.values()) peer.spent /= 4
+    for (const peer of peers.values()) peer.recentCost /= 4
     for (const [socket, connection] of connections) {
       const { writableLength } = socket
-      const taken = writableLength === 0 ? 0 : socket.bytesWritten - writableLength
-      connection.unreadSweeps = writableLength > 0 && taken === connection.taken ? connection.unreadSweeps + 1 : 0
-      connection.taken = taken
+      const sentBytes = writableLength === 0 ? 0 : socket.bytesWritten - writableLength
+      const isStalled = writableLength > 0 && sentBytes === connection.sentBytes
+      connection.unreadSweeps = isStalled ? connection.unreadSweeps + 1 : 0
+      connection.sentBytes = sentBytes
       if (connection.unreadSweeps >= MAX_UNREAD_SWEEPS) socket.destroy()
     }
   }
@@ -157,38 +157,37 @@ export function createConnections ({ config, charge, onError }: Options) {
   const timer = setInterval(sweep, SWEEP_MS).unref()
 
   return {
-    spend,
+    recordCost,
 
-    /** How many are open. */
     count: () => connections.size,
 
-    /** For Fastify: a server whose connections and requests are bounded, and which calls `handler` for the others. */
+    /** Returns a server for Fastify. It calls `handler` for requests within the bounds. */
     serverFactory (handler: RequestListener): Server {
       const server = createServer({
         requestTimeout: REQUEST_TIMEOUT_MS,
-        // Node swaps the two when this is the longer one, and by default looks for late requests every 30 s.
+        // Node swaps the two when this one is longer. By default it looks for late requests every 30 s.
         headersTimeout: REQUEST_TIMEOUT_MS,
         connectionsCheckingInterval: 500,
         keepAliveTimeout: KEEP_ALIVE_MS,
-        // Node would answer a missing Host by itself, without a problem; plugins/framing does.
+        // plugins/framing refuses a missing Host with a problem; Node's own response has none.
         requireHostHeader: false
       })
       const onRequest = (request: IncomingMessage, response: ServerResponse) => {
         const pipeline = connections.get(request.socket)?.pipeline
         if (pipeline !== undefined) pipelining.receive(pipeline, request, response, handler)
       }
-      server.on('connection', admit)
+      server.on('connection', onConnection)
       server.on('request', onRequest)
-      // Node would answer other expectations than 100-continue by itself; a server may ignore them (RFC 9110).
+      // Node would refuse other expectations than 100-continue; a server may ignore them (RFC 9110).
       server.on('checkExpectation', onRequest)
       server.on('error', onError)
-      // Beyond that Node drops headers in silence, an Origin among them; plugins/framing refuses such a request.
+      // Node silently drops further headers, such as Origin, so plugins/framing refuses the request.
       server.maxHeadersCount = MAX_HEADERS
       server.on('close', () => clearInterval(timer))
       return server
     },
 
-    /** Answers bytes that are no request with `answer`, after the answers under way, and closes the connection. */
+    /** Sends `answer` to bytes that are not a request, after all pending responses, and closes the connection. */
     refuseBytes (socket: Socket, answer: () => string): void {
       const connection = connections.get(socket)
       if (connection === undefined || !socket.writable) {
@@ -198,25 +197,26 @@ export function createConnections ({ config, charge, onError }: Options) {
       endAfterAnswers(connection.pipeline, () => {
         if (!socket.writable) return
         socket.write(answer())
-        linger(socket, spend)
+        linger(socket, recordCost)
       })
     },
 
-    /** The hooks that tell a connection how far its requests are. Registered after all that set `connection`. */
+    /** The hooks that follow the requests of a connection. Register them after all hooks that set `connection`. */
     hooks: fp(async app => {
-      // The handler of an identity follows in the same turn. A kind of hook of its own costs closures.
+      // The handler of an identity runs in the same turn. The route has a preValidation hook already: Fastify makes three
+      // closures for each kind of hook that a request meets.
       app.addHook('preValidation', ({ raw }, reply, done) => {
         const connection = connections.get(raw.socket)
-        if (connection !== undefined) pipelining.checked(connection.pipeline, raw, app.routing)
+        if (connection !== undefined) pipelining.markChecked(connection.pipeline, raw, app.routing)
         done()
       })
       app.addHook('onSend', ({ raw }, reply, payload, done) => {
         const pipeline = connections.get(raw.socket)?.pipeline
-        if (app.isShuttingDown() || isLongUnread(raw) || (pipeline !== undefined && isLast(pipeline, raw))) {
+        if (app.isShuttingDown() || hasLongUnreadBody(raw) || (pipeline !== undefined && isLast(pipeline, raw))) {
           reply.header('connection', 'close')
           if (pipeline !== undefined) pipeline.isClosing = true
         } else if (pipeline !== undefined && reply.statusCode >= 400 && reply.getHeader('connection') === 'close') {
-          // plugins/framing has set it, or Fastify after a body that could not be read.
+          // Set by plugins/framing, or by Fastify after a body that could not be read.
           pipeline.isClosing = true
         }
         done(null, payload)
@@ -225,8 +225,8 @@ export function createConnections ({ config, charge, onError }: Options) {
   }
 }
 
-/** True where more of a body follows, or may follow, than is read after its answer. */
-function isLongUnread ({ complete, headers }: IncomingMessage): boolean {
+/** Returns true when more of a body follows, or may follow, than is discarded after its response. */
+function hasLongUnreadBody ({ complete, headers }: IncomingMessage): boolean {
   if (complete !== false) return false
-  return 'transfer-encoding' in headers || Number(headers['content-length'] ?? 0) > MAX_IGNORED_BYTES
+  return 'transfer-encoding' in headers || Number(headers['content-length'] ?? 0) > MAX_DISCARDED_BYTES
 }

@@ -1,19 +1,19 @@
 import type { Socket } from 'node:net'
 
-/** How long, and for how many bytes, a connection is read after its last answer. */
+/** How long, and for how many bytes, a connection is read after its last response. */
 const LINGER_MS = 1000
 const LINGER_BYTES = 1_048_576
 
-/** What a chunk costs to read, in µs, with the garbage that it leaves. */
+/** The cost to read a chunk, in µs, with its garbage collection. */
 const READ_US = 50
 
 const lingering = new WeakSet<Socket>()
 
 /**
- * Closes a connection once its peer has had a moment to read the last answer: what still arrives is read and thrown
- * away, because a socket that is closed with bytes unread resets the peer, which then often loses the answer.
+ * Closes a connection after a delay in which its peer can read the last response. Until then incoming bytes are read
+ * and discarded: closing a socket with unread bytes sends a reset, and the peer then often loses the response.
  */
-export function linger (socket: Socket, spend: (socket: Socket, us: number) => void): void {
+export function linger (socket: Socket, recordCost: (socket: Socket, us: number) => void): void {
   if (socket.destroyed || lingering.has(socket)) return
   lingering.add(socket)
   socket.end()
@@ -21,7 +21,7 @@ export function linger (socket: Socket, spend: (socket: Socket, us: number) => v
   socket.removeAllListeners('data')
   socket.on('data', ({ length }: Buffer) => {
     bytes += length
-    spend(socket, READ_US)
+    recordCost(socket, READ_US)
     if (bytes > LINGER_BYTES) socket.pause()
   })
   socket.resume()

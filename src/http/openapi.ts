@@ -1,9 +1,9 @@
 import swagger from '@fastify/swagger'
-import { buildApp } from './app.ts'
 import type { Config } from '../config.ts'
 import { createLog } from '../log.ts'
 import { createMixpanel } from '../mixpanel/client.ts'
 import { createRelay } from '../relay/relay.ts'
+import { buildApp } from './app.ts'
 
 const about = {
   openapi: '3.1.0',
@@ -11,15 +11,21 @@ const about = {
     title: 'Mixpanel identify relay',
     version: '1',
     license: { name: 'MIT', identifier: 'MIT' },
-    description: 'Takes two ids, adds the project token, and tells the truth about what Mixpanel said.'
-  }
+    contact: { name: 'The operator of this relay' },
+    description: 'Validates pairs of ids, adds the project token, and sends them to Mixpanel as `$identify` events. ' +
+      'It works for projects with Original ID Merge.'
+  },
+  servers: [{ url: 'http://127.0.0.1:8080', description: 'The default HOST and PORT.' }],
+  security: [],
+  tags: [
+    { name: 'identities', description: 'Tell Mixpanel that an anonymous user is a known one.' },
+    { name: 'health', description: 'For orchestrators and load balancers.' }
+  ]
 }
 
-const noop = async () => ({})
-
 /**
- * The OpenAPI document of the routes, as an object and as YAML. From an app of its own that serves nobody, so that the
- * one that serves need not load the generator, which would make every start a tenth longer.
+ * Returns the OpenAPI document of the routes, as an object and as YAML. It comes from an app that does not listen, so
+ * the serving process loads the generator only on demand: it would make every start a tenth longer.
  */
 export async function openapi (config: Config): Promise<{ document: object, yaml: string }> {
   const client = createMixpanel(config)
@@ -27,13 +33,13 @@ export async function openapi (config: Config): Promise<{ document: object, yaml
   const app = await buildApp(config, {
     relay: createRelay(config, client, log.logger),
     ...log,
-    document: noop,
+    document: async () => ({}),
     async prepare (app) {
       await app.register(swagger, {
         openapi: about,
-        refResolver: { buildLocalReference: ({ $id }) => String($id) },
         transform: ({ schema, url, route: { config } }) =>
-          ({ url, schema: { ...schema, ...config?.body !== undefined && { body: config.body } } })
+          ({ url, schema: { ...schema, ...config?.body !== undefined && { body: config.body } } }),
+        transformObject: document => 'openapiObject' in document ? nameSchemas(document.openapiObject) : {}
       })
     }
   })
@@ -42,4 +48,21 @@ export async function openapi (config: Config): Promise<{ document: object, yaml
   await app.close()
   await client.close()
   return result
+}
+
+/** Moves every schema that has a title to `components`, and refers to it by that name. */
+function nameSchemas<Document extends { paths?: object, components?: object }> (document: Document): Document {
+  const schemas: Record<string, unknown> = {}
+
+  function visit (value: unknown): unknown {
+    if (Array.isArray(value)) return value.map(visit)
+    if (typeof value !== 'object' || value === null) return value
+    const { title, ...rest } = Object.fromEntries(Object.entries(value)
+      .map(([key, inner]) => [key, key === 'examples' || key === 'example' ? inner : visit(inner)]))
+    if (typeof title !== 'string') return title === undefined ? rest : { title, ...rest }
+    schemas[title] ??= rest
+    return { $ref: `#/components/schemas/${title}` }
+  }
+  const paths = visit(document.paths)
+  return { ...document, components: { ...document.components, schemas }, paths }
 }

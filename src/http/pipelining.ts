@@ -2,80 +2,78 @@ import type { IncomingMessage, RequestListener, ServerResponse } from 'node:http
 import type { Socket } from 'node:net'
 import { linger } from './lingering-close.ts'
 
-/** How many requests of one connection may be begun and not answered. Pipelining clients send up to ten. */
+/** The most requests of one connection that are begun and unanswered. Pipelining clients send up to ten. */
 const MAX_UNANSWERED = 16
 
-/** How many requests beyond that may be in memory, over all connections. Node has made some 4 KB of each. */
+/** The most refused requests in memory, over all connections. Each takes about 4 KB. */
 const MAX_REFUSED = 2000
 
-/** What Node has spent on a request that is refused, in µs. */
+/** Node's cost of a refused request, in µs. */
 const REFUSAL_US = 10
 
 interface Costs {
-  /** Told what Node has spent on a connection in this turn of the event loop, in µs. */
-  spend: (socket: Socket, us: number) => void
-  /** Told how many requests of a connection were refused. */
+  /** Records Node's cost of a connection in this turn of the event loop, in µs. */
+  recordCost: (socket: Socket, us: number) => void
+  /** Counts refused requests of a connection against its caller's rate limit. */
   charge: (socket: Socket, count: number) => void
 }
 
 /** The requests of one connection. */
 export interface Pipeline {
-  /** How many requests are begun and not answered. */
+  /** The number of requests that are begun and unanswered. */
   unanswered: number
-  /** The request that was begun last, until it is answered. */
+  /** The request that was begun last, until its response has left. */
   latest?: IncomingMessage | undefined
-  /** True once there was any. */
-  hasAsked: boolean
-  /** True while `latest` may still be refused before its handler; what is pipelined behind it waits. */
+  hasRequested: boolean
+  /** True while hooks may still refuse `latest`. Requests behind it wait. */
   isChecking: boolean
   waiting: [IncomingMessage, ServerResponse][]
-  /** True once a request was refused: what came before it is answered, nothing is taken any more. */
+  /** True after a refused request. Earlier requests are answered; no later one is begun. */
   isFull: boolean
-  /** True once an answer with `connection: close` is made: nothing is begun any more. */
+  /** True after a response with `connection: close`. No later request is begun. */
   isClosing: boolean
-  /** How many requests were read and will not be begun. */
   refused: number
-  /** Of those, how many are not counted against the caller's limit yet. */
+  /** The refused requests that do not count against the rate limit yet. `refused` includes them. */
   uncharged: number
-  /** Runs once every request that has arrived whole has its answer. */
+  /** Called when every complete request has its response. */
   whenAnswered?: () => void
 }
 
 /**
- * Bounds the requests that a peer sends without waiting for answers. Node reads a chunk of 64 KB in one turn, with two
- * thousand requests in it, and begins them all; to pause the socket comes too late. Each request that is
- * not begun counts against its caller's limit all the same: while those before it are under way Node keeps all of them.
+ * Returns a bound on the requests that a peer sends without waiting for responses. Node reads a chunk of 64 KB in one
+ * turn and begins all requests in it, up to two thousand; pausing the socket comes too late. A refused request counts
+ * against the rate limit, because Node keeps it until the requests before it are answered.
  */
-export function createPipelining ({ spend, charge }: Costs) {
+export function createPipelining ({ recordCost, charge }: Costs) {
   let refused = 0
 
   function start (
-    pipeline: Pipeline, request: IncomingMessage, response: ServerResponse, begin: RequestListener
+    pipeline: Pipeline, request: IncomingMessage, response: ServerResponse, handler: RequestListener
   ): void {
     pipeline.unanswered++
     pipeline.latest = request
-    pipeline.hasAsked = true
+    pipeline.hasRequested = true
     pipeline.isChecking = true
     response.on('close', () => {
       pipeline.unanswered--
-      checked(pipeline, request, begin)
+      markChecked(pipeline, request, handler)
       if (pipeline.latest === request) pipeline.latest = undefined
       if (unfinished(pipeline) === 0) pipeline.whenAnswered?.()
     })
-    begin(request, response)
+    handler(request, response)
   }
 
-  /** Says that a request has reached its handler, or has its answer: what is pipelined behind it may begin. */
-  function checked (pipeline: Pipeline, request: IncomingMessage, begin: RequestListener): void {
+  /** Records that a request has reached its handler or has its response, and begins the request behind it. */
+  function markChecked (pipeline: Pipeline, request: IncomingMessage, handler: RequestListener): void {
     if (pipeline.latest !== request || !pipeline.isChecking) return
     pipeline.isChecking = false
     const next = pipeline.waiting.shift()
     if (next === undefined) return
     if (pipeline.isClosing) pipeline.waiting = []
-    else start(pipeline, ...next, begin)
+    else start(pipeline, ...next, handler)
   }
 
-  /** What is begun is answered, then the connection closes. What Node has read meanwhile is held until then. */
+  /** Refuses a request. The connection closes after the earlier responses; Node keeps the request until then. */
   function refuse (pipeline: Pipeline, { socket }: IncomingMessage): void {
     pipeline.refused++
     refused++
@@ -85,20 +83,20 @@ export function createPipelining ({ spend, charge }: Costs) {
         pipeline.uncharged = 0
       })
     }
-    spend(socket, REFUSAL_US)
-    // Node reads on when it has read a body, so this is asked for each time.
+    recordCost(socket, REFUSAL_US)
+    // Node resumes the socket after each body, so every refusal pauses it again.
     socket.pause()
     if (refused > MAX_REFUSED) socket.destroy()
     if (pipeline.isFull || pipeline.isClosing) return
     pipeline.isFull = true
-    muteAborts(socket)
-    whenAnswered(pipeline, () => linger(socket, spend))
+    skipAbortTraces(socket)
+    whenAnswered(pipeline, () => linger(socket, recordCost))
   }
 
   return {
     open: (): Pipeline => ({
       unanswered: 0,
-      hasAsked: false,
+      hasRequested: false,
       isChecking: false,
       waiting: [],
       isFull: false,
@@ -107,26 +105,26 @@ export function createPipelining ({ spend, charge }: Costs) {
       uncharged: 0
     }),
 
-    /** The connection is gone. */
+    /** Forgets the refused requests of a closed connection. */
     close: (pipeline: Pipeline): void => { refused -= pipeline.refused },
 
-    /** Takes a request of Node's: calls `begin` for it now, or when those before it are past their checks, or never. */
-    receive (pipeline: Pipeline, request: IncomingMessage, response: ServerResponse, begin: RequestListener): void {
+    /** Calls `handler` for a request now, or when earlier ones are past their checks, or never. */
+    receive (pipeline: Pipeline, request: IncomingMessage, response: ServerResponse, handler: RequestListener): void {
       const { isClosing, isFull, unanswered, waiting, isChecking } = pipeline
       if (isClosing || isFull || unanswered + waiting.length >= MAX_UNANSWERED) refuse(pipeline, request)
       else if (isChecking) waiting.push([request, response])
-      else start(pipeline, request, response, begin)
+      else start(pipeline, request, response, handler)
     },
 
-    checked
+    markChecked
   }
 }
 
 /**
- * When a connection closes, Node makes an error for each of its requests, and its stack trace costs more than all else
- * that the request did: for a thousand refused ones 25 ms of 30. Nobody ever sees these errors.
+ * Turns off stack traces while a connection closes. Node makes an error for each of its requests, which no code reads.
+ * For a thousand refused requests the traces take 25 of 30 ms.
  */
-function muteAborts (socket: Socket): void {
+function skipAbortTraces (socket: Socket): void {
   let limit = Error.stackTraceLimit
   socket.prependListener('close', () => {
     limit = Error.stackTraceLimit
@@ -135,29 +133,29 @@ function muteAborts (socket: Socket): void {
   socket.on('close', () => { Error.stackTraceLimit = limit })
 }
 
-/** How many requests have arrived whole and are not answered. */
+/** Returns the number of complete requests that are unanswered. */
 export function unfinished ({ unanswered, latest }: Pipeline): number {
   return latest?.complete === false ? unanswered - 1 : unanswered
 }
 
-/** True for a connection that waits for its next request. */
-export function isIdle ({ hasAsked, unanswered, isClosing }: Pipeline): boolean {
-  return hasAsked && unanswered === 0 && !isClosing
+/** Returns true for a connection that waits for its next request. */
+export function isIdle ({ hasRequested, unanswered, isClosing }: Pipeline): boolean {
+  return hasRequested && unanswered === 0 && !isClosing
 }
 
-/** True for the request whose answer is the connection's last. */
+/** Returns true for the request whose response is the last of its connection. */
 export function isLast ({ isFull, latest, waiting }: Pipeline, request: IncomingMessage): boolean {
   return isFull && latest === request && waiting.length === 0
 }
 
-/** Begins nothing any more; calls `then` when all that has arrived whole is answered. */
-export function endAfterAnswers (pipeline: Pipeline, then: () => void): void {
+/** Begins no more requests, and calls `callback` when every complete request has its response. */
+export function endAfterAnswers (pipeline: Pipeline, callback: () => void): void {
   pipeline.isClosing = true
   pipeline.waiting = []
-  whenAnswered(pipeline, then)
+  whenAnswered(pipeline, callback)
 }
 
-function whenAnswered (pipeline: Pipeline, then: () => void): void {
-  pipeline.whenAnswered = then
-  if (unfinished(pipeline) === 0) then()
+function whenAnswered (pipeline: Pipeline, callback: () => void): void {
+  pipeline.whenAnswered = callback
+  if (unfinished(pipeline) === 0) callback()
 }

@@ -2,58 +2,59 @@ import { STATUS_CODES } from 'node:http'
 import { Type } from '@sinclair/typebox'
 import type { FieldError } from '../identity/identity.ts'
 
-/** The one table of what can go wrong: its HTTP status, whether a repeat may succeed, and a sentence for people. */
+/** Every problem code: its HTTP status, whether the same request may succeed later, and its sentence for people. */
 export const PROBLEMS = {
-  invalid_request: { status: 400, retryable: false, detail: 'A rule is broken; errors names each broken field.' },
-  forbidden: { status: 403, retryable: false, detail: 'This origin may not identify anyone here.' },
-  not_found: { status: 404, retryable: false, detail: 'There is nothing at this path.' },
-  method_not_allowed: { status: 405, retryable: false, detail: 'This path does not take this method; see Allow.' },
-  body_too_large: { status: 413, retryable: false, detail: 'The body is larger than this path takes.' },
+  invalid_request: { status: 400, retryable: false, detail: 'The request breaks a rule; `errors` names each field.' },
+  forbidden: { status: 403, retryable: false, detail: 'CORS_ORIGINS does not list this origin.' },
+  not_found: { status: 404, retryable: false, detail: 'No route has this path.' },
+  method_not_allowed: { status: 405, retryable: false, detail: 'This path does not support the method; see Allow.' },
+  body_too_large: { status: 413, retryable: false, detail: 'The body is larger than this path accepts.' },
   unsupported_media_type: {
     status: 415, retryable: false, detail: 'Send JSON, as application/json or text/plain, without a content encoding.'
   },
-  refused_by_mixpanel: { status: 422, retryable: false, detail: 'Mixpanel refused the identity and gave no reason.' },
-  too_many_requests: { status: 429, retryable: true, detail: 'You have reached your limit; see Retry-After.' },
-  internal: { status: 500, retryable: false, detail: 'The relay failed; its log knows the request id.' },
-  mixpanel_unreachable: { status: 502, retryable: true, detail: 'Mixpanel could not be reached, or failed.' },
-  mixpanel_misanswered: { status: 502, retryable: true, detail: 'What answered did not answer as Mixpanel does.' },
+  refused_by_mixpanel: { status: 422, retryable: false, detail: 'Mixpanel refused the event without a reason.' },
+  too_many_requests: { status: 429, retryable: true, detail: 'This caller reached its rate limit; see Retry-After.' },
+  internal: { status: 500, retryable: false, detail: 'The relay failed; its log has the request id.' },
+  mixpanel_unreachable: { status: 502, retryable: true, detail: 'Mixpanel was unreachable or failed.' },
+  mixpanel_misanswered: { status: 502, retryable: true, detail: 'The response was not one that Mixpanel gives.' },
   mixpanel_rejected_credentials: {
-    status: 502, retryable: false, detail: 'Mixpanel rejected the credentials of this relay: its operator must act.'
+    status: 502, retryable: false, detail: 'Mixpanel rejected the credentials of the relay; its operator must fix them.'
   },
-  mixpanel_rate_limited: { status: 503, retryable: true, detail: 'Mixpanel takes no more for now; see Retry-After.' },
+  mixpanel_rate_limited: { status: 503, retryable: true, detail: 'Mixpanel limits this project; see Retry-After.' },
   mixpanel_unavailable: {
-    status: 503, retryable: true, detail: 'Mixpanel keeps failing and was not asked; see Retry-After.'
+    status: 503, retryable: true, detail: 'Mixpanel keeps failing, so nothing was sent; see Retry-After.'
   },
-  overloaded: { status: 503, retryable: true, detail: 'Too much is under way here already; see Retry-After.' },
-  draining: { status: 503, retryable: true, detail: 'This instance is shutting down; another will take the request.' },
+  overloaded: { status: 503, retryable: true, detail: 'The relay is at its limit; see Retry-After.' },
+  draining: { status: 503, retryable: true, detail: 'This instance is shutting down; send the request again.' },
   mixpanel_timed_out: {
-    status: 504, retryable: true, detail: 'Mixpanel did not answer in time. The outcome is unknown; a repeat is safe.'
+    status: 504, retryable: true, detail: 'Mixpanel did not answer in time. The outcome is unknown; repeating is safe.'
   }
 } as const
 
 export type ProblemCode = keyof typeof PROBLEMS
 
-/** What one answer may add to its code: `retryAfter` is in seconds and becomes a header. */
+/** What a response adds to its code. `retryAfter` is in seconds and becomes a header. */
 export interface ProblemOptions {
   detail?: string | undefined
   errors?: FieldError[]
   retryAfter?: number
-  /** Where one code has several statuses. */
+  /** For a code that has several statuses. */
   status?: number
 }
 
-/** How many broken fields one answer lists. */
+/** The most fields that one response lists in `errors`. */
 export const MAX_ERRORS = 100
 
-/** The body of every error answer. */
-export function problemBody (code: ProblemCode, requestId: string, { detail, errors, ...extras }: ProblemOptions = {}) {
-  const { retryable, detail: usual } = PROBLEMS[code]
-  const status = extras.status ?? PROBLEMS[code].status
+/** Returns the body of an error response, with one entry in `errors` for each pointer. */
+export function problemBody (code: ProblemCode, requestId: string, options: ProblemOptions = {}) {
+  const { detail, errors } = options
+  const { retryable, detail: defaultDetail } = PROBLEMS[code]
+  const status = options.status ?? PROBLEMS[code].status
   return {
     type: `urn:identify-relay:${code}`,
-    title: STATUS_CODES[status],
+    title: String(STATUS_CODES[status]),
     status,
-    detail: detail ?? usual,
+    detail: detail ?? defaultDetail,
     code,
     retryable,
     request_id: requestId,
@@ -61,38 +62,45 @@ export function problemBody (code: ProblemCode, requestId: string, { detail, err
   }
 }
 
-/** The shape of every error answer, for the OpenAPI document. */
-export const Problem = Type.Object({
-  type: Type.String(),
-  title: Type.String(),
-  status: Type.Integer(),
-  detail: Type.String(),
-  code: Type.String({ enum: Object.keys(PROBLEMS) }),
-  retryable: Type.Boolean(),
-  request_id: Type.String(),
-  errors: Type.Optional(Type.Array(Type.Object({ pointer: Type.String(), detail: Type.String() })))
-}, { $id: 'Problem', description: 'RFC 9457. Decide by `code`; `retryable`: the same request may succeed later.' })
+const FieldErrorSchema = Type.Object({
+  pointer: Type.String({ description: 'A JSON Pointer into the body; empty for the request as a whole.' }),
+  detail: Type.String({ description: 'The broken rule, for people.' })
+}, { title: 'FieldError', description: 'One broken field of a request.' })
 
-/** Statuses of invalid_request for a request that came too slowly, or whose head is too large. */
+/** The shape of every error response. */
+export const Problem = Type.Object({
+  type: Type.String({ description: 'A URN made of the code.' }),
+  title: Type.String({ description: 'The standard phrase of the status.' }),
+  status: Type.Integer({ description: 'The HTTP status.' }),
+  detail: Type.String({ description: 'What happened, for people. The text may change.' }),
+  code: Type.String({ enum: Object.keys(PROBLEMS), description: 'What happened, for programs. It does not change.' }),
+  retryable: Type.Boolean({ description: 'True when the same request may succeed later.' }),
+  request_id: Type.String({ description: 'Equal to the `x-request-id` header and to `request_id` in the log.' }),
+  errors: Type.Optional(Type.Array(FieldErrorSchema, {
+    description: `The broken fields, at most ${MAX_ERRORS}; only with \`invalid_request\`.`
+  }))
+}, { title: 'Problem', description: 'An error (RFC 9457). Programs decide by `code`.' })
+
+/** Statuses of invalid_request for a request that came too slowly, or with too many headers. */
 const UNREADABLE: number[] = [408, 431]
 
-/** The answers for the OpenAPI document: every status in the table, with an example for each of its codes. */
-export function problemResponses () {
+/** Returns the error responses of a route for the OpenAPI document, with an example for each code. */
+export function problemResponses (only?: number[]) {
   const codes = Object.keys(PROBLEMS) as ProblemCode[]
-  const statuses = new Set([...codes.map(code => PROBLEMS[code].status), ...UNREADABLE])
+  const statuses = new Set(only ?? [...codes.map(code => PROBLEMS[code].status), ...UNREADABLE])
   return Object.fromEntries(Array.from(statuses, status => {
     const here = codes.filter(code => (UNREADABLE.includes(status) ? 400 : status) === PROBLEMS[code].status)
-    const extras = status === 400 ? { errors: [{ pointer: '/anon_id', detail: 'is required' }] } : {}
+    const options = status === 400 ? { errors: [{ pointer: '/anon_id', detail: 'is required' }] } : {}
     const examples = Object.fromEntries(here.map(code =>
-      [code, { value: problemBody(code, 'req-1', { ...extras, status }) }]))
-    const content = { 'application/problem+json': { schema: Type.Ref('Problem'), examples } }
-    const isLater = status === 429 || status === 503
-    const headers = isLater && { headers: { 'retry-after': { type: 'integer', description: 'seconds' } } }
-    return [status, { description: here.join(', '), ...headers, content }]
+      [code, { value: problemBody(code, 'req-1', { ...options, status }) }]))
+    const content = { 'application/problem+json': { schema: Problem, examples } }
+    const hasRetryAfter = status === 429 || status === 503
+    const headers = hasRetryAfter && { headers: { 'retry-after': { type: 'integer', description: 'In seconds.' } } }
+    return [status, { description: `One of: ${here.join(', ')}.`, ...headers, content }]
   }))
 }
 
-/** One error for each pointer, in the order given. */
+/** Joins the errors of each pointer, in the order given. */
 function byPointer (errors: FieldError[]): FieldError[] {
   const details = new Map<string, string>()
   for (const { pointer, detail } of errors) {

@@ -1,61 +1,60 @@
 import type { Socket } from 'node:net'
 import { isIdle, type Pipeline } from './pipelining.ts'
 
-/** So much of one turn of the event loop is spent on reading, in µs. */
+/** Time in one turn of the event loop for reading, in µs. */
 const TURN_US = 5000
 
-/** How long addresses that made it more are not read. */
-const REST_MS = 20
+/** The length of a pause in reading. */
+const PAUSE_MS = 20
 
-/** What reading from an address has cost lately, in µs. Its owner forgets some of it from time to time. */
-export interface ReadingCost { spent: number }
+/** The recent cost of reading from an address, in µs. Its owner lowers it from time to time. */
+export interface ReadingCost { recentCost: number }
 
 /**
- * Bounds what reading takes of the event loop. In one turn Node reads 64 KB of every connection, and what it makes of a
- * hostile 64 KB takes 10 ms and 10 MB: of many at once, seconds and all memory there is. So beyond a bound nothing more
- * is read for a while from addresses that have cost much lately, but where a connection is idle. A while is longer than
- * a turn, because Node accepts one connection in a turn, and others wait to be accepted.
+ * Returns a bound on the time that reading takes. In one turn Node reads 64 KB of every connection. A hostile 64 KB
+ * takes 10 ms and 10 MB; many at once take seconds and all memory. Beyond TURN_US, connections of costly addresses are
+ * paused, unless idle. A pause is longer than a turn: Node accepts one connection in each, and others wait for it.
  */
 export function createReadThrottle (connections: ReadonlyMap<Socket, { peer: ReadingCost, pipeline: Pipeline }>) {
-  /** What reading has cost in this turn of the event loop. */
-  let spent = 0
-  /** Connections that are not read for a while; undefined where all are. */
-  let resting: Socket[] | undefined
+  /** The cost of reading in this turn of the event loop, in µs. */
+  let turnCost = 0
+  /** Connections that are paused; undefined outside a pause. */
+  let paused: Socket[] | undefined
 
-  function rest (socket: Socket): void {
-    if (resting === undefined || socket.destroyed || socket.isPaused()) return
+  function pause (socket: Socket): void {
+    if (paused === undefined || socket.destroyed || socket.isPaused()) return
     socket.pause()
-    resting.push(socket)
+    paused.push(socket)
   }
 
-  function readOn (): void {
-    const rested = resting as Socket[]
-    resting = undefined
-    for (const socket of rested) socket.resume()
+  function resumeAll (): void {
+    const sockets = paused as Socket[]
+    paused = undefined
+    for (const socket of sockets) socket.resume()
   }
 
   return {
-    /** Counts what reading from a connection has cost, in µs. */
-    spend (socket: Socket, us: number): void {
+    /** Adds to the cost of reading from a connection, in µs. */
+    recordCost (socket: Socket, us: number): void {
       const { peer } = connections.get(socket) ?? {}
       if (peer === undefined) return
-      const isFirst = peer.spent < TURN_US
-      peer.spent += us
-      if (spent === 0) setImmediate(() => { spent = 0 })
-      spent += us
-      if (spent < TURN_US || peer.spent < TURN_US || (resting !== undefined && !isFirst)) return
-      if (resting === undefined) {
-        resting = []
-        setTimeout(readOn, REST_MS)
+      const wasCheap = peer.recentCost < TURN_US
+      peer.recentCost += us
+      if (turnCost === 0) setImmediate(() => { turnCost = 0 })
+      turnCost += us
+      if (turnCost < TURN_US || peer.recentCost < TURN_US || (paused !== undefined && !wasCheap)) return
+      if (paused === undefined) {
+        paused = []
+        setTimeout(resumeAll, PAUSE_MS)
       }
-      for (const [socket, { peer: { spent }, pipeline }] of connections) {
-        if (spent >= TURN_US && !isIdle(pipeline) && !pipeline.isFull) rest(socket)
+      for (const [socket, { peer: { recentCost }, pipeline }] of connections) {
+        if (recentCost >= TURN_US && !isIdle(pipeline) && !pipeline.isFull) pause(socket)
       }
     },
 
-    /** A new connection is not read either, where its address is not. */
-    admit (socket: Socket, peer: ReadingCost): void {
-      if (peer.spent >= TURN_US) rest(socket)
+    /** Pauses a new connection of a costly address during a pause. */
+    pauseNew (socket: Socket, peer: ReadingCost): void {
+      if (peer.recentCost >= TURN_US) pause(socket)
     }
   }
 }

@@ -1,33 +1,33 @@
 import type { FastifyRequest, FastifySchemaValidationError } from 'fastify'
 import { escapePointer, type FieldError } from '../identity/identity.ts'
 
-/** An error as Ajv gives it with `verbose`. */
+/** An error of Ajv with `verbose`. */
 interface SchemaError extends FastifySchemaValidationError {
   propertyName?: string
   parentSchema?: { description?: string }
 }
 
-/** What a route's schemas found wrong with a request that they did not let pass. */
+/** Returns the errors of a request that does not match the schemas of its route. */
 export function fieldErrors (request: FastifyRequest): FieldError[] {
   const { validation, validationContext: context } = request.validationError ?? {}
-  const inBody = context === 'body' ? validation : []
-  // Fastify looks at the query only if the body is right.
+  const bodyErrors = context === 'body' ? validation : []
+  // Fastify validates the query only when the body is valid.
   const validateQuery = request.getValidationFunction('querystring')
-  const inQuery = validateQuery?.(request.query) === false ? validateQuery.errors : []
-  // A pointer leads into the body; what is wrong with the query can only be told.
-  const told = asFieldErrors(inQuery)
+  const queryErrors = validateQuery?.(request.query) === false ? validateQuery.errors : []
+  // A pointer leads into the body, so `detail` names the query parameter.
+  const named = asFieldErrors(queryErrors)
     .map(({ pointer, detail }) => ({ pointer: '', detail: `query parameter ${pointer.slice(1)} ${detail}` }))
-  return [...asFieldErrors(inBody), ...told]
+  return [...asFieldErrors(bodyErrors), ...named]
 }
 
-/** What a validator's `errors` say. */
+/** Returns the `errors` of an Ajv validator as field errors. */
 export function asFieldErrors (errors: unknown): FieldError[] {
   return (errors as SchemaError[]).flatMap(fieldError)
 }
 
 function fieldError (error: SchemaError): FieldError[] {
   const { keyword, instancePath, params, message = '', propertyName, parentSchema } = error
-  // Ajv reports a bad property name twice; the other error knows the rule.
+  // Ajv reports an invalid property name twice. The other error has the rule.
   if (keyword === 'propertyNames') return []
   const name = params.missingProperty ?? params.additionalProperty ?? propertyName
   const pointer = name === undefined ? instancePath : `${instancePath}/${escapePointer(String(name))}`

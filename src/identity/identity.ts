@@ -1,9 +1,9 @@
 import { Type, type Static } from '@sinclair/typebox'
 
-/** One broken field of a request: `pointer` is a JSON Pointer into the body, `detail` the rule in words. */
+/** An invalid field of a request: `pointer` is a JSON Pointer into the body, `detail` states the rule. */
 export interface FieldError { pointer: string, detail: string }
 
-/** Event properties that belong to Mixpanel or to the relay; `mp_*` is reserved as well. */
+/** Property names that Mixpanel or the relay uses; `mp_*` is reserved as well. */
 const RESERVED_NAMES = [
   'token', 'ip', 'time', '$time', 'distinct_id', '$distinct_id', '$device_id', '$user_id', '$insert_id', 'alias',
   '$identified_id', '$anon_id', '$anon_distinct_id', '$distinct_ids', '$event_name', 'bucket', '$bucket', '$ignore',
@@ -11,7 +11,7 @@ const RESERVED_NAMES = [
   '$is_reshuffled'
 ]
 
-/** Values that Mixpanel treats as no id at all, and the one that JavaScript makes of `String({})`. */
+/** Values that Mixpanel does not treat as ids, and the result of `String({})` in JavaScript; in lower case. */
 const JUNK_IDS = new Set([
   '00000000-0000-0000-0000-000000000000', 'anon', 'anonymous', 'nil', 'none', 'null', 'n/a', 'na', 'undefined',
   'unknown', '<nil>', '0', '-1', 'true', 'false', '[]', '{}', '[object object]'
@@ -22,14 +22,15 @@ const MAX_DEPTH = 3
 const MAX_ENTRIES = 254
 const MAX_PROPERTIES = 200
 
-/** The most bytes of JSON that an identity may have. */
+/** The most bytes of an identity as JSON. */
 export const MAX_IDENTITY_BYTES = 65_536
 
-/** Far more than an identity has. */
+/** Far more fields than an identity has. */
 const MAX_FIELDS = 100
 
 const Properties = Type.Unsafe<Record<string, unknown>>({
   type: 'object',
+  additionalProperties: true,
   maxProperties: MAX_PROPERTIES,
   propertyNames: {
     allOf: [
@@ -43,8 +44,8 @@ const Properties = Type.Unsafe<Record<string, unknown>>({
 })
 
 /**
- * One identity: the only schema of it, for both routes and for the OpenAPI document. A pattern's `description` is what
- * the caller reads when the pattern does not match. What JSON Schema cannot say is in `brokenRules`.
+ * The only schema of an identity, for both routes and for the OpenAPI document. The `description` of a pattern becomes
+ * the error detail when the pattern does not match. `checkRules` has the rules that JSON Schema cannot express.
  */
 export const Identity = Type.Object({
   identified_id: Type.String({
@@ -68,13 +69,13 @@ export const Identity = Type.Object({
   }),
   distinct_id: Type.Optional(Type.String({ description: 'When given, equal to identified_id.' })),
   properties: Type.Optional(Properties)
-}, { additionalProperties: false })
+}, { additionalProperties: false, title: 'Identity', description: 'An anonymous id and the id of its user.' })
 
 export type Identity = Static<typeof Identity>
 
 /**
- * What is wrong with a value that has more names than an identity may have: to say what is wrong with each of a hundred
- * thousand would hold up everybody for a second. Takes any value, and is fast; at most 100 fields by default.
+ * Returns an error if a value has more than `maxFields` fields or 200 properties. The caller gets only that error:
+ * reporting each of 100,000 names would block the event loop for a second. Accepts any value, and is fast.
  */
 export function checkSize (body: unknown, maxFields = MAX_FIELDS): FieldError[] {
   if (typeof body !== 'object' || body === null) return []
@@ -87,8 +88,8 @@ export function checkSize (body: unknown, maxFields = MAX_FIELDS): FieldError[] 
 }
 
 /**
- * The rules that JSON Schema cannot express: junk ids, equality between fields, depth and sanity of property values.
- * Takes any value, valid or not, and speaks only of fields whose type allows it; never throws.
+ * Returns an error for each broken rule that JSON Schema cannot express: junk ids, equality between fields, depth and
+ * content of property values. Accepts any value, skips fields of the wrong type, and never throws.
  */
 export function checkRules (body: unknown): FieldError[] {
   if (typeof body !== 'object' || body === null) return []
@@ -111,17 +112,17 @@ export function checkRules (body: unknown): FieldError[] {
   return errors
 }
 
-/** What is wrong with a property's value that stands at `depth`, or undefined. */
+/** Returns the rule that a property's value at `depth` breaks, or undefined; `checkName` likewise for its name. */
 function checkValue (value: unknown, depth: number): string | undefined {
-  // 1e999 parses as Infinity, which JSON.stringify would turn into null on the wire.
+  // 1e999 parses as Infinity, which JSON.stringify turns into null.
   if (typeof value === 'number') return Number.isFinite(value) ? undefined : 'must be a finite number'
   if (typeof value === 'string') return value.isWellFormed() ? undefined : 'must not contain lone surrogates'
   if (typeof value !== 'object' || value === null) return undefined
   if (depth > MAX_DEPTH) return `must not be nested deeper than ${MAX_DEPTH} levels`
   const names = Object.keys(value)
-  if (names.length > MAX_ENTRIES) return `must not hold more than ${MAX_ENTRIES} entries in one object or array`
+  if (names.length > MAX_ENTRIES) return `must not have more than ${MAX_ENTRIES} entries in one object or array`
   for (const name of names) {
-    if (name.length > 255) return 'must not hold a name of more than 255 characters'
+    if (name.length > 255) return 'must not have a name of more than 255 characters'
     const inner = (value as Record<string, unknown>)[name]
     const detail = checkName(name, inner) ?? checkValue(inner, depth + 1)
     if (detail !== undefined) return detail
@@ -129,16 +130,15 @@ function checkValue (value: unknown, depth: number): string | undefined {
   return undefined
 }
 
-/** What is wrong with a name that a value has, or undefined. */
 function checkName (name: string, value: unknown): string | undefined {
   if (!name.isWellFormed()) return 'must not have a name with lone surrogates'
-  // Harmless here; but whoever merges the event into another object elsewhere would change its prototype.
+  // Harmless here, but code that merges the event into another object would change its prototype.
   const isForbidden = name === '__proto__' ||
     (name === 'constructor' && typeof value === 'object' && value !== null && Object.hasOwn(value, 'prototype'))
-  return isForbidden ? 'must not be, or hold, __proto__ or constructor.prototype' : undefined
+  return isForbidden ? 'must not be or contain __proto__ or constructor.prototype' : undefined
 }
 
-/** A property name as a JSON Pointer token (RFC 6901 §3). */
+/** Returns a property name as a JSON Pointer token (RFC 6901 §3). */
 export function escapePointer (name: string): string {
   return name.replaceAll('~', '~0').replaceAll('/', '~1')
 }

@@ -1,9 +1,9 @@
 /**
- * What became of an identity, or of all that travelled in one request. `cause` is for the log (a status or an error
- * code, never a secret); `again` says that the same bytes sent once more may help right away; `retryAfter` is in
- * seconds; `records` has, where Mixpanel named them, the refused ones' reasons by index, and `imported` how many others
- * it says it took. `queued`: it is in the outbox, on disk, and `cause` says why.
- * `isUntaken`: Mixpanel surely has nothing of it; without that the outcome is unknown.
+ * The outcome for one identity, or for all events of one request. `queued`: the event is on disk, in the outbox.
+ * - `cause` is for the log: a status, an error code or the reason to queue, never a secret.
+ * - `isTransient`: a repeat of the same bytes may succeed at once. `retryAfter` is in seconds.
+ * - `isUndelivered`: Mixpanel certainly does not have the event; otherwise it may have it.
+ * - `records`: the reasons of refused events by index, if Mixpanel listed them. `imported`: its count of the others.
  */
 export type Verdict =
   | { code: 'accepted' }
@@ -25,35 +25,35 @@ export type Verdict =
   | { code: 'mixpanel_unavailable', retryAfter: number }
   | { code: 'overloaded', retryAfter: number, reason?: string }
 
-/** More wait than may. */
+/** The verdict beyond a bound on identities in flight. */
 export const OVERLOADED = { code: 'overloaded', retryAfter: 1 } as const satisfies Verdict
 
-/** True where Mixpanel may take it another time: it was out of reach, late, busy, or what answered was not Mixpanel. */
+/** Returns true if Mixpanel may accept it later: Mixpanel was unreachable, slow or busy, or another server answered. */
 export function isDeferrable (verdict: Verdict): boolean {
   return verdict.code === 'mixpanel_timed_out' || verdict.code === 'mixpanel_rate_limited' ||
     verdict.code === 'mixpanel_unavailable' || isTransient(verdict)
 }
 
-/** Mixpanel, or the way to it, failed: worth a repeat, and a reason to stop asking when it goes on. */
+/** Returns true if Mixpanel, or the path to it, failed: the request is retried, and the breaker counts it. */
 export function isTransient (verdict: Verdict): verdict is Extract<Verdict, { isTransient: boolean }> {
   return 'isTransient' in verdict && verdict.isTransient
 }
 
-/** True where Mixpanel surely has nothing of it. A gateway's 5xx does not say that. */
+/** Returns true if Mixpanel certainly does not have the event. A gateway's 5xx leaves that open. */
 export function isUndelivered (verdict: Verdict): boolean {
   return 'isTransient' in verdict ? verdict.isUndelivered === true : verdict.code !== 'accepted'
 }
 
-/** Mixpanel, or something before it, found the request too large; a part of it may be taken. */
+/** Returns true if Mixpanel, or a gateway, found the request too large; a part of it may be accepted. */
 export function isTooLarge (verdict: Verdict): boolean {
   return 'cause' in verdict && verdict.cause === 'status 413'
 }
 
-/** True where Mixpanel was not even asked. */
+/** Returns true if the breaker kept the request from being sent. */
 export const isNotSent = ({ code }: Verdict) => code === 'mixpanel_unavailable'
 
-/** True where Mixpanel was asked, and takes no more for now. */
+/** Returns true if Mixpanel answered 429. */
 export const isLimit = ({ code }: Verdict) => code === 'mixpanel_rate_limited'
 
-/** True where Mixpanel was asked, and failed. */
+/** Returns true for any other failure; the verdict must not be `accepted`. */
 export const isFailure = (verdict: Verdict) => !isNotSent(verdict) && !isLimit(verdict)

@@ -1,20 +1,17 @@
 import { isTooLarge, type Verdict } from '../identity/verdict.ts'
 import { TEMPORARY } from './answer.ts'
 
-/** An array is split by eight: 3 rounds lead from 50 events to 1, where halves take 7. */
+/** Eight parts reduce 50 events to 1 in 3 rounds; halves need 7. */
 const BISECT_FANOUT = 8
 
 interface Options<Item> {
-  /** Sends some events in one request. `isVerbose`: a refusal comes with its reason. */
+  /** Sends events in one request. `isVerbose` asks for the reason of a refusal. */
   send: (items: Item[], isVerbose: boolean) => Promise<Verdict>
-  /** True where a refusal comes without a reason unless it is asked for. */
+  /** Returns true if a refusal has a reason only with `isVerbose`. */
   isTerse: (items: Item[]) => boolean
 }
 
-/**
- * Returns a function that sends an array and resolves with a verdict for each of its events, in their order. It finds
- * the failing events of an array that Mixpanel refused as a whole.
- */
+/** Returns a function that sends an array, splits it if refused, and resolves with each event's verdict, in order. */
 export function createBisect<Item> ({ send, isTerse }: Options<Item>): (items: Item[]) => Promise<Verdict[]> {
   async function deliver (items: Item[], isBisecting = false): Promise<Verdict[]> {
     const verdict = await send(items, isBisecting && items.length === 1)
@@ -23,9 +20,9 @@ export function createBisect<Item> ({ send, isTerse }: Options<Item>): (items: I
       return [hasNoReason && !isBisecting && isTerse(items) ? await askReason(items, verdict) : verdict]
     }
     const { records, imported } = verdict.code === 'refused_by_mixpanel' ? verdict : {}
-    // The named records alone are refused only if Mixpanel says that it took all the others.
-    const named = items.filter((_, index) => records?.has(index)).length
-    if (records !== undefined && named === records.size && imported === items.length - named) {
+    // The listed records are the refused ones only if Mixpanel reports all others as imported.
+    const listed = items.filter((_, index) => records?.has(index)).length
+    if (records !== undefined && listed === records.size && imported === items.length - listed) {
       return items.map((_, index) => records.has(index)
         ? { code: 'refused_by_mixpanel', reason: records.get(index) }
         : { code: 'accepted' })
@@ -41,7 +38,7 @@ export function createBisect<Item> ({ send, isTerse }: Options<Item>): (items: I
     return items.map(() => verdict)
   }
 
-  /** A bare `0` may mean anything, even a temporary failure of Mixpanel; with `verbose=1` it says which. */
+  /** Sends again with `verbose=1`: a bare `0` may mean anything, even a temporary failure of Mixpanel. */
   async function askReason (items: Item[], refused: Verdict): Promise<Verdict> {
     const verdict = await send(items, true)
     const isAnswer = verdict.code === 'accepted' || verdict.code === 'refused_by_mixpanel' ||

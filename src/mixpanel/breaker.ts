@@ -1,13 +1,13 @@
-/** Opens after so many failures in a row (Envoy's number). */
-const FAILURES = 5
+/** The consecutive failures that open the breaker (as in Envoy). */
+const MAX_FAILURES = 5
 const FIRST_PROBE_MS = 1000
 
-/** While Mixpanel is out of reach it is asked at least this often. */
+/** The longest pause between two probes. */
 export const LAST_PROBE_MS = 30_000
 
 /**
- * Stops asking what keeps failing. After five failures in a row it is open: nothing is admitted but one probe at a
- * time, the first after a second, then after twice as long each time, up to half a minute; a success closes it.
+ * A circuit breaker. Five consecutive failures open it; a success closes it. While open it admits one probe at a time.
+ * The first probe comes after a second, and each pause is twice as long as the one before, up to 30 s.
  */
 export function createBreaker () {
   let failures = 0
@@ -16,17 +16,16 @@ export function createBreaker () {
   let isProbing = false
 
   return {
-    isOpen: () => failures >= FAILURES,
+    isOpen: () => failures >= MAX_FAILURES,
 
-    /** True if one may ask now; whoever is admitted must `record` the outcome. */
+    /** Returns true if a request may be sent now. The caller must then `record` its outcome. */
     admits (): boolean {
-      if (failures < FAILURES) return true
+      if (failures < MAX_FAILURES) return true
       if (isProbing || performance.now() < probeAt) return false
       isProbing = true
       return true
     },
 
-    /** Counts an outcome. */
     record (isSuccess: boolean): void {
       if (isSuccess) {
         failures = 0
@@ -34,16 +33,16 @@ export function createBreaker () {
         isProbing = false
         return
       }
-      // What was under way when the breaker opened tells nothing new.
-      if (failures >= FAILURES && !isProbing) return
+      // Failures of requests that were in flight when the breaker opened do not count.
+      if (failures >= MAX_FAILURES && !isProbing) return
       failures++
       isProbing = false
-      if (failures < FAILURES) return
+      if (failures < MAX_FAILURES) return
       probeAt = performance.now() + pauseMs
       pauseMs = Math.min(pauseMs * 2, LAST_PROBE_MS)
     },
 
-    /** Whole seconds until the next probe, at least one. */
+    /** Returns the whole seconds until the next probe, at least 1. */
     retryAfter: () => Math.max(1, Math.ceil((probeAt - performance.now()) / 1000))
   }
 }

@@ -2,11 +2,11 @@ import type { Config } from '../config.ts'
 
 export type Credentials = ReturnType<typeof createCredentials>
 
-/** The token and what is made of it. Nothing outside of `mixpanel/` holds either. */
+/** The token and the values derived from it. No other layer has either. */
 export function createCredentials (config: Config) {
   const { MIXPANEL_TOKEN: token, MIXPANEL_SERVICE_ACCOUNT: account } = config
   const closing = `,"token":${JSON.stringify(token)}}}`
-  // Mixpanel's words may quote what it was sent, in any of these forms.
+  // Mixpanel's reasons may quote the request, with a secret in any of these forms.
   const secrets = [token, account, account?.replace(/^[^:]*:/, '')].flatMap(secret => secret === undefined
     ? []
     : [secret, encodeURIComponent(secret), base64(secret), base64(`${secret}:`)])
@@ -20,8 +20,8 @@ export function createCredentials (config: Config) {
       return `${json.slice(0, -2)}${closing}`
     },
 
-    /** Returns `words` with every form of every secret replaced by `***`. */
-    mask: (words: string) => secrets.reduce((masked, secret) => masked.replaceAll(secret, '***'), words)
+    /** Returns `text` with every form of every secret replaced by `***`. */
+    mask: (text: string) => secrets.reduce((masked, secret) => masked.replaceAll(secret, '***'), text)
   }
 }
 

@@ -8,44 +8,41 @@ import { MAX_REQUEST_BYTES } from './encode.ts'
 import { isTransient, type Verdict } from '../identity/verdict.ts'
 import { createBisect } from './bisect.ts'
 
-/**
- * An event on its way. `deadline` (by performance.now(), whatever the clock does) is its caller's; for a batch the
- * earliest counts.
- */
+/** An event to send. `deadline` is by performance.now(), safe from clock changes; in a batch the earliest counts. */
 export interface OutgoingEvent {
   event: PendingEvent
   isStrict: boolean
   deadline: number
-  /** Instead of MIXPANEL_ENDPOINT; the same for all of a batch. */
+  /** Overrides MIXPANEL_ENDPOINT; the same for all events of a batch. */
   endpoint?: 'import' | undefined
 }
 
-/** The most that all requests under way may have on the wire together, give or take one. */
+/** The most bytes on the wire of all requests in flight; the last request may exceed it. */
 export const MAX_SENT_BYTES = 16 * MAX_REQUEST_BYTES
 
-/** Repeats under way: a fifth of the sends, but always a few, so that an outage does not double the traffic. */
+/** The most retries in flight: a fifth of the sends, so that an outage does not double the traffic, but at least 3. */
 const RETRY_SHARE = 0.2
 const RETRY_MINIMUM = 3
 
-/** A timer that is later than that was held up by this process (a SIGSTOP, a pause), not by Mixpanel. */
+/** A timer that fires this late was delayed by this process (a SIGSTOP, a pause), not by Mixpanel. */
 const STALL_MS = 500
 
+/** The verdict of an event whose deadline passed before it was sent. */
 export const NEVER_SENT: Verdict = {
   code: 'mixpanel_timed_out', cause: 'never sent', isTransient: false, isUndelivered: true
 }
 
 export type Delivery = ReturnType<typeof createDelivery>
 
-/** Brings batches to Mixpanel: sends, if need be repeats, and finds out who of a refused batch is meant. */
+/** Sends batches to Mixpanel, retries a failed request once, and finds the failing events of a refused batch. */
 export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
   const breaker = createBreaker()
-  /** Those who wait for a place among the sends. */
   const waiting: (() => void)[] = []
   let sends = 0
   let retries = 0
   let lastVerdict: { code: Verdict['code'], at: number } | undefined
 
-  /** Waits for one of MAX_SENDS places: a search must not take more of Mixpanel, or of its own time, than a batch. */
+  /** Sends when a slot is free. The parts of a split batch share the slots, and their timeouts start with the send. */
   async function sendInSlot (items: OutgoingEvent[], isVerbose: boolean): Promise<Verdict> {
     if (sends >= MAX_SENDS) await new Promise<void>(resolve => waiting.push(resolve))
     else sends++
@@ -62,7 +59,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     const [{ isStrict }] = items as [OutgoingEvent]
     const deadline = Math.min(...items.map(event => event.deadline))
     if (performance.now() >= deadline) return NEVER_SENT
-    // Before the breaker is asked: whatever this throws must not leave its one probe under way for ever.
+    // Encode before asking the breaker: an error here must not leave its one probe without an outcome.
     const request = mixpanel.encode(items.map(({ event }) => event), {
       endpoint: endpointOf(items), strict: isStrict, verbose: isVerbose
     })
@@ -73,12 +70,12 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
       breaker.record(true)
       throw error
     })
-    // Late, because the caller's time was nearly up before: that says nothing of Mixpanel.
+    // When the deadline leaves less than half the usual time, a timeout says nothing about Mixpanel.
     const isShort = time() < Math.min(config.MIXPANEL_TIMEOUT_MS, config.DEADLINE_MS) / 2
     let verdict = await attempt()
     const isStalled = performance.now() > due + STALL_MS
     breaker.record(!isTransient(verdict) || ((isShort || isStalled) && verdict.code === 'mixpanel_timed_out'))
-    // Jitter, so that those who failed together do not come back together.
+    // Jitter keeps requests that failed together from being retried together.
     const pause = 50 + Math.random() * 250
     if (isTransient(verdict) && mayRetry() && performance.now() + pause < deadline) {
       log.warn({ code: verdict.code, cause: verdict.cause, identities: items.length }, 'retrying')
@@ -87,7 +84,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
       verdict = await attempt().finally(() => { retries-- })
       if (!isTransient(verdict)) breaker.record(true)
     }
-    if (verdict.code === 'refused_by_mixpanel') log.debug({ reason: verdict.reason }, 'refused')
+    if (verdict.code === 'refused_by_mixpanel') log.debug({ reason: verdict.reason }, 'request refused by Mixpanel')
     lastVerdict = { code: verdict.code, at: Date.now() }
     return verdict
   }
@@ -98,13 +95,13 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
   const bisect = createBisect<OutgoingEvent>({ send: sendInSlot, isTerse: items => endpointOf(items) === 'track' })
 
   return {
-    /** True while Mixpanel keeps failing and is asked by probes alone. */
+    /** Returns true while Mixpanel keeps failing and gets only probes. */
     isOpen: breaker.isOpen,
 
-    /** Resolves by the earliest deadline with a verdict for each, in their order; rejects only on a bug. */
+    /** Resolves by the earliest deadline with a verdict for each event, in order; rejects only on a bug. */
     deliver: bisect,
 
-    /** For people: whether Mixpanel is asked, and what it said last. */
+    /** Returns, for operators, whether requests are sent to Mixpanel, and its last verdict. */
     state: () => ({
       mixpanel: breaker.isOpen() ? 'unavailable' : 'asked',
       last_verdict: lastVerdict === undefined ? null : { ...lastVerdict, at: new Date(lastVerdict.at).toISOString() }

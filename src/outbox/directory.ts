@@ -3,15 +3,15 @@ import { dirname, join } from 'node:path'
 import Database from 'libsql'
 import { DirectoryInUse } from './outbox.ts'
 
-/** Room for what empties the outbox, which has to write as well: this much, or a tenth of a small disk. */
+/** Free disk space for emptying the outbox, which writes as well. On a small disk it is a tenth of the disk. */
 const RESERVED_BYTES = 16 * 1024 * 1024
 
-/** How much a file may keep for the next outage. */
-const KEPT_BYTES = 4 * 1024 * 1024
+/** The most bytes of free pages that the file keeps for the next outage. */
+const MAX_UNUSED_BYTES = 4 * 1024 * 1024
 
 /**
- * Opens the database in a directory, which is made where there is none. Only one process has it at a time, or this
- * throws DirectoryInUse; the sqlite3 shell may read `outbox.db` all the same. The caller must `close` it.
+ * Opens the database in `directory`, and creates the directory if it is missing. Throws DirectoryInUse when another
+ * process has opened it; the sqlite3 shell may still read `outbox.db`. The caller must `close` it.
  */
 export function openDirectory (directory: string) {
   if (!existsSync(directory)) mkdirSync(directory, { recursive: true, mode: 0o700 })
@@ -19,29 +19,28 @@ export function openDirectory (directory: string) {
   const file = join(directory, 'outbox.db')
   const db = open(file)
   const pragma = (name: string) => db.prepare(`PRAGMA ${name}`).pluck().all()[0] as number
-  /** For what needs room itself, which a full disk has not: then things stay as they are, and nothing is lost. */
+  /** Runs statements that need disk space themselves. On a full disk they have no effect, and nothing is lost. */
   const tryExec = (sql: string) => {
     try {
       db.exec(sql)
     } catch {}
   }
-  /** In the file, but free. */
   const unusedBytes = () => pragma('freelist_count') * pragma('page_size')
 
   return {
     db,
 
-    /** True where the disk has no room for more than what empties the outbox has to write. */
+    /** Returns true if the disk has room only for emptying the outbox. */
     isDiskLow (): boolean {
       const { bavail, blocks, bsize } = statfsSync(directory)
-      // What is only in the WAL as yet: the next checkpoint adds it to the file, and the WAL stays as it is.
-      const owedBytes = pragma('page_count') * pragma('page_size') - statSync(file).size
-      return bavail * bsize + unusedBytes() - owedBytes < Math.min(RESERVED_BYTES, blocks * bsize / 10)
+      // The next checkpoint copies new pages from the WAL to the file, and the WAL keeps its size.
+      const walOnlyBytes = pragma('page_count') * pragma('page_size') - statSync(file).size
+      return bavail * bsize + unusedBytes() - walOnlyBytes < Math.min(RESERVED_BYTES, blocks * bsize / 10)
     },
 
-    /** Gives the disk back what an outage took of it, if it can. Fast where the tables are nearly empty. */
+    /** Returns free pages to the disk, if possible. Fast while the tables are nearly empty. */
     shrink (): void {
-      if (unusedBytes() > KEPT_BYTES) tryExec('VACUUM; PRAGMA wal_checkpoint(TRUNCATE);')
+      if (unusedBytes() > MAX_UNUSED_BYTES) tryExec('VACUUM; PRAGMA wal_checkpoint(TRUNCATE);')
     },
 
     close (): void {
@@ -52,13 +51,13 @@ export function openDirectory (directory: string) {
   }
 }
 
-/** A database that only its owner may read; SQLite gives its side files the same mode. */
+/** Opens a database that only its owner may read; SQLite gives its side files the same mode. */
 function open (path: string, options?: Database.Options): Database.Database {
   closeSync(openSync(path, 'a', 0o600))
   return new Database(path, options)
 }
 
-/** A lock that the kernel gives back, however the process ends. */
+/** Takes a lock, and returns a function that releases it. The kernel releases it however the process ends. */
 function lock (path: string): () => void {
   const db = open(path, { timeout: 0 })
   try {

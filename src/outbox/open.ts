@@ -3,20 +3,20 @@ import type { Log } from '../log.ts'
 import { connectRedis, type Redis } from '../redis.ts'
 import { DirectoryInUse, type Outbox } from './outbox.ts'
 
-/** A relay that is silent for longer than it could need to deliver what it took is dead, or waits for Mixpanel. */
+/** A relay that is silent for DEADLINE_MS plus this is dead, or waits for Mixpanel: it delivers nothing. */
 const LEASE_AFTER_DEADLINE_MS = 5000
 
-/** The connection that REDIS_URL names, or none. Rejects when Redis cannot be reached now. */
+/** Resolves with a connection to REDIS_URL; undefined if it is not set. Rejects when Redis cannot be reached. */
 export async function openConnection ({ REDIS_URL: url }: Config, log: Log): Promise<Redis | undefined> {
   return url === undefined ? undefined : connectRedis(url, log)
 }
 
-/** The directory that OUTBOX names, if it names one. */
+/** Returns the directory that OUTBOX names; undefined for other stores. */
 export function directoryOf ({ OUTBOX: outbox }: Config): string | undefined {
   return outbox.startsWith('file:') ? outbox.slice('file:'.length) : undefined
 }
 
-/** The outbox that the configuration names, or none. Only what it needs is loaded. Rejects when it cannot be used. */
+/** Resolves with the configured outbox, if any, and loads only its modules. Rejects when it cannot be used. */
 export async function openOutbox (
   config: Config, redis: Redis | undefined, log: Log
 ): Promise<Outbox | undefined> {
@@ -27,7 +27,7 @@ export async function openOutbox (
       return openSqlite(directory, projectFingerprint(config), log)
     } catch (error) {
       if (error instanceof DirectoryInUse) throw error
-      throw new Error(`${directory} cannot be the outbox: ${(error as Error).message}`)
+      throw new Error(`${directory} cannot be used as the outbox: ${(error as Error).message}`)
     }
   }
   if (config.OUTBOX === 'off' || redis === undefined) return undefined

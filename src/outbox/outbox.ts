@@ -1,57 +1,57 @@
 import type { PendingEvent } from '../identity/event.ts'
 
-/** An identity that waits: its event, without the token, exactly as it was accepted. */
+/** A queued event, exactly as it was validated. */
 export interface Entry {
-  /** The later it came, the greater; never used again. */
+  /** Grows with each stored entry; never reused. */
   id: string
   event: PendingEvent
-  /** Set when an operator replayed it: by this endpoint, whatever the configuration says. */
+  /** Set when an operator replayed the entry; overrides MIXPANEL_ENDPOINT. */
   endpoint?: 'import'
 }
 
-/** An identity that cannot be delivered: kept, with the reason, until an operator replays or drops it. */
+/** An event that is not sent again, with the reason. An operator replays or drops it. */
 export interface DeadLetter { id: string, event: PendingEvent, reason: string, died: Date }
 
 export type PutResult = 'stored' | 'rejected' | 'unknown'
 export type HasResult = 'yes' | 'no' | 'unknown'
 
 /**
- * Where identities wait for Mixpanel. Its twins are sqlite.ts (one process) and redis.ts (several), and one test holds
- * both to this. `put` and `holds` are on the path of a caller: they answer soon, and never reject. The others reject
- * when the store fails, and then have done nothing, or will do no harm when they are called again.
+ * A store of events that wait for Mixpanel: sqlite.ts for one process, redis.ts for several. One test covers both.
+ * Callers wait for `put` and `has`, which resolve soon and never reject. The other methods reject when the store fails;
+ * then they have changed nothing, or may safely be called again.
  */
 export interface Outbox {
-  /** Resolves with `stored` once the event is on disk, and with `unknown` when the store did not answer in time. */
+  /** Resolves with `stored` once the event is on disk, and with `unknown` when the store does not answer in time. */
   put: (event: PendingEvent) => Promise<PutResult>
-  /** Resolves with whether an event with this `anonKey` waits, and with `unknown` when the store cannot be asked. */
+  /** Resolves with whether an event with this anonKey is queued, and with `unknown` when the store cannot tell. */
   has: (anonKey: string) => Promise<HasResult>
   /**
-   * The oldest entries, or those after the id `after`, in their order: at most `count`, and about a megabyte. They stay
-   * until they are `done` or `bury`ed. None while another process delivers: to keep claims in order one at a time does.
+   * Resolves with the oldest entries after the id `after`, in order: at most `count`, and about a megabyte. They stay
+   * until `ack` or `deadLetter`. Resolves with none while another process delivers; one at a time keeps the order.
    */
   next: (count: number, after?: string) => Promise<Entry[]>
-  /** They are delivered, and no longer kept. */
+  /** Deletes delivered entries. */
   ack: (entries: Entry[]) => Promise<void>
-  /** They become dead letters. */
+  /** Turns entries into dead letters. */
   deadLetter: (entries: { entry: Entry, reason: string }[]) => Promise<void>
-  /** How many there are, as far as this process knows. */
+  /** Returns how many entries and dead letters exist, as far as this process knows. */
   counts: () => { waiting: number, dead: number }
-  /** For operators: up to `count` in their order, those after the id `after`. */
+  /** Resolves, for operators, with up to `count` entries after the id `after`, in order. */
   waiting: (count: number, after?: string) => Promise<Entry[]>
   dead: (count: number, after?: string) => Promise<DeadLetter[]>
-  /** Dead letters wait again, behind all others; resolves with how many there were. */
+  /** Queues dead letters again, behind all others. Resolves with how many existed. */
   replay: (letters: Pick<Entry, 'id' | 'endpoint'>[]) => Promise<number>
-  /** Dead letters are forgotten; resolves with how many there were. */
+  /** Deletes dead letters. Resolves with how many existed. */
   drop: (letters: Pick<Entry, 'id'>[]) => Promise<number>
-  /** Lets another process deliver; nothing may be called afterwards. */
+  /** Lets another process deliver. No method may be called afterwards. */
   close: () => Promise<void>
 }
 
-/** How much an outbox keeps, dead letters included; then it keeps nothing more until there is room. */
+/** The most entries in an outbox, dead letters included. A full outbox rejects `put`. */
 export const MAX_ENTRIES = 1_000_000
 
-/** In one `take`: the last entry may exceed it. */
+/** The most bytes of one `next`; the last entry may exceed it. */
 export const MAX_NEXT_BYTES = 1_000_000
 
-/** Another process has opened the directory. */
+/** The error when another process has opened the directory. */
 export class DirectoryInUse extends Error {}

@@ -8,23 +8,23 @@ import {
 } from './outbox.ts'
 import { SCRIPTS } from './scripts.ts'
 
-/** In one script, which holds up everybody else at Redis. */
+/** The most events in one script; a script blocks all other clients of Redis. */
 const MAX_PUT = 100
 
-/** For what no caller waits for, and what may be a megabyte. */
+/** The timeout of commands that no caller waits for, and whose answers may have a megabyte. */
 const BACKGROUND_TIMEOUT_MS = 5000
 
 type Fields = [id: string, fields: string[]]
 
 /**
- * An outbox in Redis for several relays of one project: streams, and a lease that lets one relay at a time deliver.
- * `leaseMs` should be longer than a relay may need to deliver what it took. `fast` is a connection for what callers
- * wait for, and stays its creator's to close. Rejects when Redis cannot be asked.
+ * Opens an outbox in Redis, for several relays of one project: two streams, and a lease that lets one relay at a time
+ * deliver. `leaseMs` should exceed the time that a relay needs to deliver a round. `foreground` is the connection for
+ * commands that callers wait for; its creator closes it. Rejects when Redis does not answer.
  */
 export async function openRedis (
   foreground: Redis, project: string, log: Log, leaseMs: number, maxEntries = MAX_ENTRIES
 ): Promise<Outbox> {
-  // Braces: these live on one node, wherever there are several.
+  // The braces keep all keys on one node of a cluster.
   const keys = ['waiting', 'dead', 'claims', 'lease'].map(name => `{identify-relay:${project}}:${name}`)
   const [WAITING, DEAD, CLAIMS] = keys as [string, string, string]
   const relayId = randomUUID()
@@ -49,11 +49,10 @@ export async function openRedis (
     await reportDurability(background, log)
   }
   await refresh()
-  // Whatever it cannot be asked now it says another time.
+  // A refresh that fails is repeated after the next reconnection.
   background.on('ready', () => refresh().catch(() => {}))
   const logError = throttledError((what, message) => log.error(what, message), 1000)
 
-  /** Returns a function that logs an error of Redis and gives every one of `items` the result `unknown`. */
   const unknownFor = (items: unknown[]) => (error: Error) => {
     logError({ cause: error.message }, 'outbox unavailable')
     return items.map(() => 'unknown' as const)
@@ -63,7 +62,7 @@ export async function openRedis (
   async function store (events: PendingEvent[]): Promise<PutResult[]> {
     const entries = events.flatMap(({ anonKey, json }) => [anonKey, json])
     const refusal = await run(foreground, 'PUT', maxEntries, ...entries)
-      .then(stored => stored === 1 ? undefined : `it holds ${maxEntries} entries`, refusalOf)
+      .then(stored => stored === 1 ? undefined : `full: ${maxEntries} entries`, refusalOf)
     if (refusal !== undefined) logError({ cause: refusal }, 'outbox write rejected')
     return events.map(() => refusal === undefined ? 'stored' : 'rejected')
   }
@@ -81,16 +80,16 @@ export async function openRedis (
   })
 
   async function range (key: string, count: number, after?: string): Promise<Fields[]> {
-    const command = background.xrange(key, from(after), '+', 'COUNT', count)
+    const command = background.xrange(key, startOf(after), '+', 'COUNT', count)
     return await withTimeout(background, BACKGROUND_TIMEOUT_MS, command) as Fields[]
   }
 
   return {
-    // Neither batcher has a bound that it could refuse for.
+    // A batcher without maxItems never returns undefined.
     put: event => puts.add(event) as Promise<PutResult>,
     has: anonKey => lookups.add(anonKey) as Promise<HasResult>,
     next: async (count, after) =>
-      (await run<Fields[]>(background, 'NEXT', relayId, leaseMs, from(after), count, MAX_NEXT_BYTES)).map(asEntry),
+      (await run<Fields[]>(background, 'NEXT', relayId, leaseMs, startOf(after), count, MAX_NEXT_BYTES)).map(asEntry),
     ack: entries => run(background, 'ACK', ...entries.flatMap(({ id, event }) => [id, event.anonKey])),
     deadLetter: letters => run(background, 'DEAD_LETTER', Date.now(), ...letters.flatMap(
       ({ entry: { id, event }, reason }) => [id, event.anonKey, event.json, reason]
@@ -102,21 +101,20 @@ export async function openRedis (
     drop: letters => run(background, 'DROP', ...letters.map(({ id }) => id)),
     async close () {
       await Promise.all([puts.idle(), lookups.idle()])
-      // Without it another relay would have to wait for the lease to end.
+      // Otherwise another relay would have to wait until the lease expires.
       await run(foreground, 'RELEASE', relayId).catch(() => {})
       background.disconnect()
     }
   }
 }
 
-/** Redis's own words for what it has not begun; other errors are thrown. */
+/** Returns the message of an error with which Redis refused to run a script; throws any other error. */
 function refusalOf (error: Error): string {
   if (/\b(OOM|READONLY|MISCONF|NOREPLICAS) /.test(error.message)) return error.message
   throw error
 }
 
-/** The first id of a range of a stream. */
-const from = (after: string | undefined) => after === undefined ? '-' : `(${after}`
+const startOf = (after: string | undefined) => after === undefined ? '-' : `(${after}`
 
 function asEntry ([id, fields]: Fields): Entry {
   const [, , , event, , endpoint] = fields as [string, string, string, string, string?, string?]
@@ -128,18 +126,18 @@ function asLetter ([id, fields]: Fields): DeadLetter {
   return { id, event: storedEvent(event), reason, died: new Date(Number(died)) }
 }
 
-/** What a 202 is worth here: said at start and whenever Redis comes back. */
+/** Logs whether a 202 survives a power failure at Redis: at start and after each reconnection. */
 async function reportDurability (redis: Redis, log: Log): Promise<void> {
   const setting = async (name: string) => (await redis.config('GET', name).catch(() => []) as string[])[1] ?? 'unknown'
   const names = ['appendonly', 'appendfsync', 'maxmemory-policy']
   const [appendonly, appendfsync, policy] = await Promise.all(names.map(setting))
   const settings = { appendonly, appendfsync, 'maxmemory-policy': policy }
   if (appendonly === 'yes' && appendfsync === 'always' && policy === 'noeviction') {
-    log.info(settings, 'a 202 survives the loss of power at Redis')
-  } else if (appendonly === 'unknown') {
-    log.warn(settings, 'Redis does not tell how it keeps its data: a 202 is worth what its appendfsync is')
+    log.info(settings, 'Redis durability sufficient')
   } else {
-    log.warn(settings, 'a 202 may not survive the loss of power at Redis: ' +
-      'it needs appendonly yes, appendfsync always (everysec may lose two seconds) and maxmemory-policy noeviction')
+    // With appendfsync everysec a power failure may lose two seconds of events.
+    const required = { appendonly: 'yes', appendfsync: 'always', 'maxmemory-policy': 'noeviction' }
+    const message = appendonly === 'unknown' ? 'Redis durability unknown' : 'Redis durability insufficient'
+    log.warn({ ...settings, required }, message)
   }
 }

@@ -1,24 +1,24 @@
 /**
- * What the outbox does in Redis, one atomic script each. KEYS: the stream of those that wait, the stream of dead
- * letters, a hash with how many wait for each claim, and the lease of the relay that delivers. Every script returns
- * { how many wait, how many are dead, … }.
+ * The operations of the outbox, each an atomic script. KEYS: the stream of queued entries, the stream of dead letters,
+ * a hash with the number of queued entries of each anonKey, and the lease of the relay that delivers. Each script
+ * returns { queued entries, dead letters, result }.
  */
 const script = (lua: string) => `
 local waiting, dead, claims, lease = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local result = (function ()${lua}end)()
 return { redis.call('XLEN', waiting), redis.call('XLEN', dead), result }`
 
-/** Takes an entry out of those that wait, if nobody else did. */
+/** Deletes a queued entry; returns false if it is gone already. */
 const REMOVE = `
-local function forget (id, claim)
+local function remove (id, claim)
   if redis.call('XDEL', waiting, id) == 0 then return false end
   if redis.call('HINCRBY', claims, claim, -1) <= 0 then redis.call('HDEL', claims, claim) end
-  -- Whatever somebody deleted by hand is forgotten here.
+  -- Entries that were deleted by hand leave counts behind; these are reset when the stream is empty.
   if redis.call('XLEN', waiting) == 0 then redis.call('DEL', claims) end
   return true
 end`
 
-/** ARGV: the most entries, then claim and event of each. Returns 1 if all of them are kept, or 0. */
+/** ARGV: the most entries, then anonKey and event of each. Returns 1 if all are stored, else 0. */
 const PUT = script(`
   local count = redis.call('XLEN', waiting) + redis.call('XLEN', dead) + (#ARGV - 1) / 2
   if count > tonumber(ARGV[1]) then return 0 end
@@ -30,13 +30,13 @@ const PUT = script(`
 `)
 
 /**
- * ARGV: this relay, for how many ms it is the one that delivers, the first id, how many entries, how many bytes. None
- * while another one delivers: streams have consumer groups to divide work, and claims in order must not be divided.
+ * ARGV: this relay's id, the lease in ms, the first entry id, the most entries, the most bytes. Returns no entry while
+ * another relay has the lease. The consumer groups of streams would divide the entries of one anonKey among relays.
  */
 const NEXT = script(`
   local owner = redis.call('GET', lease)
   if owner and owner ~= ARGV[1] then return {} end
-  -- Redis without memory refuses a script that begins with SET; and only who takes can give memory back.
+  -- Redis that is out of memory refuses a script that begins with SET. Delivery must go on, as it frees memory.
   redis.call('DEL', lease)
   redis.call('SET', lease, ARGV[1], 'PX', ARGV[2])
   local entries, bytes, start = {}, 0, ARGV[3]
@@ -53,28 +53,28 @@ const NEXT = script(`
   return entries
 `)
 
-/** ARGV: this relay. Another one may deliver from now on. */
+/** ARGV: this relay's id. Releases the lease. */
 const RELEASE = script(`
   if redis.call('GET', lease) == ARGV[1] then redis.call('DEL', lease) end
 `)
 
-/** ARGV: id and claim of each. */
+/** ARGV: id and anonKey of each. */
 const ACK = script(`
   ${REMOVE}
-  for i = 1, #ARGV, 2 do forget(ARGV[i], ARGV[i + 1]) end
+  for i = 1, #ARGV, 2 do remove(ARGV[i], ARGV[i + 1]) end
 `)
 
-/** ARGV: now (ms), then id, claim, event and reason of each. */
+/** ARGV: now (ms), then id, anonKey, event and reason of each. */
 const DEAD_LETTER = script(`
   ${REMOVE}
   for i = 2, #ARGV, 4 do
-    if forget(ARGV[i], ARGV[i + 1]) then
+    if remove(ARGV[i], ARGV[i + 1]) then
       redis.call('XADD', dead, '*', 'claim', ARGV[i + 1], 'event', ARGV[i + 2], 'reason', ARGV[i + 3], 'died', ARGV[1])
     end
   end
 `)
 
-/** ARGV: id and endpoint (or '') of each. Returns how many there were. */
+/** ARGV: id and endpoint (or '') of each. Returns how many existed. */
 const REPLAY = script(`
   local replayed = 0
   for i = 1, #ARGV, 2 do
@@ -90,7 +90,7 @@ const REPLAY = script(`
   return replayed
 `)
 
-/** ARGV: ids. Returns how many there were. */
+/** ARGV: ids. Returns how many existed. */
 const DROP = script(`
   return redis.call('XDEL', dead, unpack(ARGV))
 `)

@@ -5,13 +5,13 @@ import { openDirectory } from './directory.ts'
 import { MAX_ENTRIES, MAX_NEXT_BYTES, type DeadLetter, type Entry, type Outbox, type PutResult } from './outbox.ts'
 import { prepare, type DeadRow, type WaitingRow } from './statements.ts'
 
-/** More in one transaction would hold up the event loop. */
+/** The most events in one transaction; more would block the event loop. */
 const MAX_COMMIT = 1000
 
 /**
- * An outbox in a directory: SQLite in WAL mode with `synchronous=FULL`, so that a commit is a real fsync. Everything
- * runs on the event loop; commits are shared by all who came in one turn of it. Throws DirectoryInUse, or what SQLite
- * and the file system say, when the directory cannot be used, and when another project's identities wait in it.
+ * Opens an outbox in a directory: SQLite in WAL mode with `synchronous=FULL`, so that each commit is an fsync. It runs
+ * on the event loop; events of one turn share a commit. Throws DirectoryInUse, an error of SQLite or the file system,
+ * or an error when the directory holds events of another project.
  */
 export function openSqlite (directory: string, project: string, log: Log, maxEntries = MAX_ENTRIES): Outbox {
   const { db, isDiskLow, shrink, close } = openDirectory(directory)
@@ -24,7 +24,7 @@ export function openSqlite (directory: string, project: string, log: Log, maxEnt
     close()
     throw new Error('it holds identities of another project')
   }
-  // Only where it is new: on a full disk a relay must be able to start, to empty it.
+  // Write only when the project is new: on a full disk a relay must still start, to empty the outbox.
   if (owner !== project) {
     transact(() => {
       db.exec('DELETE FROM project')
@@ -41,16 +41,16 @@ export function openSqlite (directory: string, project: string, log: Log, maxEnt
       db.exec('COMMIT')
       return result
     } catch (error) {
-      // After some errors (a full disk) SQLite has rolled back already.
+      // After some errors, such as a full disk, SQLite has already rolled back.
       if (db.inTransaction) db.exec('ROLLBACK')
       throw error
     }
   }
 
-  /** Group commit: all or none of them are kept. */
+  /** Stores all of the events or none: a group commit. */
   async function commit (events: PendingEvent[]): Promise<PutResult[]> {
     try {
-      if (counts.waiting + counts.dead + events.length > maxEntries) throw new Error(`it holds ${maxEntries} entries`)
+      if (counts.waiting + counts.dead + events.length > maxEntries) throw new Error(`full: ${maxEntries} entries`)
       if (isDiskLow()) throw new Error('the disk is nearly full')
       transact(() => {
         for (const { anonKey, json } of events) sql.put.run(anonKey, json)
@@ -73,7 +73,7 @@ export function openSqlite (directory: string, project: string, log: Log, maxEnt
   const remove = (entries: Entry[]) => sql.remove.run(asArray(entries)).changes
 
   return {
-    // The batcher has no bound that it could refuse for.
+    // A batcher without maxItems never returns undefined.
     put: event => puts.add(event) as Promise<PutResult>,
     async has (anonKey) {
       try {
@@ -91,12 +91,12 @@ export function openSqlite (directory: string, project: string, log: Log, maxEnt
       if (counts.waiting === 0 && counts.dead < MAX_COMMIT) shrink()
     },
     async deadLetter (letters) {
-      const buried = transact(() => {
+      const moved = transact(() => {
         for (const { entry, reason } of letters) sql.deadLetter.run(reason, Date.now(), Number(entry.id))
         return remove(letters.map(({ entry }) => entry))
       })
-      counts.waiting -= buried
-      counts.dead += buried
+      counts.waiting -= moved
+      counts.dead += moved
     },
     counts: () => ({ ...counts }),
     waiting: async (count, after = '0') => (sql.waiting.all(Number(after), count) as WaitingRow[]).map(asEntry),

@@ -14,7 +14,7 @@ const SCHEMA = `
 export interface WaitingRow { id: number, event: string, endpoint: 'import' | null }
 export interface DeadRow { id: number, event: string, reason: string, died: number }
 
-/** What the outbox does in SQLite. Makes its tables where there are none. */
+/** Returns the prepared statements of the outbox. Creates missing tables. */
 export function prepare (db: Database) {
   db.exec(SCHEMA)
   return {

@@ -10,22 +10,22 @@ import { createQuarantine } from './quarantine.ts'
 
 interface Outcome { entry: Entry, verdict: Verdict }
 
-/** Another relay may have put something, or died. */
+/** The pause after a pass without progress: meanwhile another relay may store entries, or lose its lease. */
 const POLL_MS = 1000
 
-/** How long what is under way may take at the end of the process. */
-const LAST_ROUND_MS = 2000
+/** How long `stop` waits for the round in flight. */
+const STOP_TIMEOUT_MS = 2000
 
 /**
- * Brings to Mixpanel what waits in the outbox, oldest first, in full arrays, until it is delivered, refused or too old.
- * Entries with one claim are never under way together, so the first claim arrives first. The caller
- * must `start` it, and `stop` it before the outbox is closed.
+ * Delivers queued entries, oldest first and in full arrays, until each is accepted, refused or too old. Different users
+ * of one anonymous id are not in flight together until one is accepted, so the first one reaches Mixpanel first. The
+ * caller must `start` the forwarder, and `stop` it before the outbox is closed.
  */
 export function createForwarder (config: Config, outbox: Outbox, delivery: Delivery, log: Log) {
   const maxEntries = maxRound(config)
   const pauses = createPauses()
   const quarantine = createQuarantine()
-  const state = { failures: 0, isAbandoned: false }
+  const state = { failures: 0, isClosed: false }
   let pass = createPass()
 
   async function run (): Promise<void> {
@@ -39,21 +39,21 @@ export function createForwarder (config: Config, outbox: Outbox, delivery: Deliv
   async function round (): Promise<void> {
     const entries = await outbox.next(maxEntries, pass.after)
     if (entries.length === 0) return nextPass()
-    const old = entries.filter(entry => isTooOld(entry, config))
-    await bury(old.map(entry => ({ entry, reason: 'older than 4.5 days' })))
-    const fresh = entries.filter(entry => !old.includes(entry))
+    const expired = entries.filter(entry => isTooOld(entry, config))
+    await deadLetter(expired.map(entry => ({ entry, reason: 'older than 4.5 days' })))
+    const fresh = entries.filter(entry => !expired.includes(entry))
     const { arrays, last } = planRound(fresh, pass, quarantine, config)
-    // Many who stay behind must not hold up the event loop.
+    // Many rounds of deferred entries must not block the event loop.
     if (arrays.length === 0) await setImmediate()
     const outcomes = (await Promise.all(arrays.map(deliver))).flat()
-    if (state.isAbandoned) return
-    // Before anything else is sent the outbox must know what has been.
+    if (state.isClosed) return
+    // Record the outcomes before the next round, or delivered entries would be sent again.
     while (!await attempt(() => settle(outcomes)) && !pauses.isStopped());
     pass.after = last
     await applyOutcomes(outcomes)
   }
 
-  /** From the beginning again: at once if something was settled, for then others may follow. */
+  /** Returns to the oldest entry: at once if an entry was settled, because others may now follow it. */
   async function nextPass (): Promise<void> {
     const { madeProgress, decided } = pass
     pass = createPass(madeProgress ? decided : undefined)
@@ -75,18 +75,19 @@ export function createForwarder (config: Config, outbox: Outbox, delivery: Deliv
       const reason = finalReason(entry, verdict)
       return reason === undefined ? [] : [{ entry, reason }]
     })
-    await bury(letters)
-    log.debug({ delivered: delivered.length, buried: letters.length, ...outbox.counts() }, 'outbox round delivered')
+    await deadLetter(letters)
+    const counts = { delivered: delivered.length, dead_lettered: letters.length, ...outbox.counts() }
+    log.debug(counts, 'outbox round delivered')
   }
 
-  async function bury (letters: { entry: Entry, reason: string }[]): Promise<void> {
+  async function deadLetter (letters: { entry: Entry, reason: string }[]): Promise<void> {
     if (letters.length === 0) return
     await outbox.deadLetter(letters)
     const insertIds = letters.slice(0, 100).map(({ entry }) => entry.event.insertId)
     log.warn({ identities: letters.length, insert_ids: insertIds }, 'identities dead-lettered')
   }
 
-  /** Whom to leave aside, and how long to wait. */
+  /** Defers and quarantines the entries that failed, then resumes or pauses the delivery. */
   async function applyOutcomes (outcomes: Outcome[]): Promise<void> {
     const failed: Verdict[] = []
     let settled = 0
@@ -99,7 +100,8 @@ export function createForwarder (config: Config, outbox: Outbox, delivery: Deliv
         continue
       }
       pass.deferred.add(anonKey)
-      // A suspect waits for itself. Others become suspects: it may be about one of them, or Mixpanel is out of reach.
+      // The failure of a quarantined entry delays that entry alone. Others enter quarantine: one of them may be the
+      // cause, or Mixpanel is out of reach.
       if (!isFailure(verdict) || !quarantine.has(anonKey)) failed.push(verdict)
       if (isFailure(verdict)) quarantine.failed(anonKey)
     }
@@ -111,11 +113,11 @@ export function createForwarder (config: Config, outbox: Outbox, delivery: Deliv
       }
       state.failures = 0
     } else if (failed.length > 0) {
-      await wait(failed)
+      await pauseAfter(failed)
     }
   }
 
-  async function wait (failed: Verdict[]): Promise<void> {
+  async function pauseAfter (failed: Verdict[]): Promise<void> {
     pass = createPass()
     const retryAfterMs = Math.max(...failed.map(verdict => 'retryAfter' in verdict ? verdict.retryAfter * 1000 : 0))
     if (failed.every(isNotSent)) return pauses.outage(retryAfterMs)
@@ -127,21 +129,20 @@ export function createForwarder (config: Config, outbox: Outbox, delivery: Deliv
   let running: Promise<void> | undefined
 
   return {
-    /** Begins to deliver. */
     start (): void {
       running = run()
     },
-    /** Something was put into the outbox. */
+    /** Ends the pause of an idle forwarder; call it when an entry was stored. */
     added: pauses.added,
-    /** Mixpanel has taken something. */
+    /** Ends the pause after a failure; call it when Mixpanel accepted an event. */
     recovered: pauses.recovered,
-    /** Resolves when nothing is under way any more, or after two seconds; what is not settled stays in the outbox. */
+    /** Resolves when nothing is in flight, or after two seconds. Entries that are not settled stay in the outbox. */
     async stop (): Promise<void> {
       pauses.stop()
       let timer: NodeJS.Timeout | undefined
-      await Promise.race([running, new Promise(resolve => { timer = setTimeout(resolve, LAST_ROUND_MS) })])
+      await Promise.race([running, new Promise(resolve => { timer = setTimeout(resolve, STOP_TIMEOUT_MS) })])
       clearTimeout(timer)
-      state.isAbandoned = true
+      state.isClosed = true
     }
   }
 }

@@ -1,15 +1,13 @@
 import { backoffMs } from './pauses.ts'
 
-/** Beyond that the oldest is forgotten, and sent together with others again. */
+/** The most keys. Beyond it the key with the oldest failure is removed, and its entries travel in arrays again. */
 const MAX_KEYS = 1000
 
-/** What the drain knows of claims on which Mixpanel may fail while it takes others. */
 export type Quarantine = ReturnType<typeof createQuarantine>
 
 /**
- * Claims that were in an array on which Mixpanel failed: they are left aside for a while, and then sent alone. So the
- * next probe is with others, and where it was about one of them, that one is found, is tried ever more seldom, and
- * holds up nobody. Forgotten with the process.
+ * The anonKeys of entries in arrays on which Mixpanel failed. They pause, and then travel alone, so the next probe has
+ * other entries. An entry that causes failures backs off and delays no other. The quarantine is lost with the process.
  */
 export function createQuarantine () {
   const keys = new Map<string, { failures: number, until: number }>()
@@ -17,7 +15,7 @@ export function createQuarantine () {
   return {
     has: (key: string) => keys.has(key),
     isPaused: (key: string) => (keys.get(key)?.until ?? 0) > performance.now(),
-    /** Mixpanel failed on it, for the first time or once more. */
+    /** Adds the key, or lengthens its pause. */
     failed (key: string): void {
       const failures = (keys.get(key)?.failures ?? 0) + 1
       keys.delete(key)
@@ -25,11 +23,11 @@ export function createQuarantine () {
       if (keys.size >= MAX_KEYS) keys.delete(oldest as string)
       keys.set(key, { failures, until: performance.now() + backoffMs(failures) })
     },
-    /** Mixpanel was out of reach, and is no longer: it was about none of them, as far as anybody knows. */
+    /** Ends all pauses; call it after an outage of Mixpanel, which no entry is known to have caused. */
     release (): void {
       for (const key of keys.values()) key.until = 0
     },
-    /** It is delivered or dead. */
+    /** Removes the key of an entry that was delivered or dead-lettered. */
     settled: (key: string) => { keys.delete(key) }
   }
 }

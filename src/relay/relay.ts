@@ -13,18 +13,18 @@ import { OVERLOADED, type Verdict } from '../identity/verdict.ts'
 export type Relay = ReturnType<typeof createRelay>
 
 /**
- * How many requests to Mixpanel may be under way before an identity waits for company. Measured with 4, 6, 8 and 16:
- * 500 callers at 50 ms get 0.80, 0.84, 0.86 and 0.86 of what that latency allows, and a thousand who come within 0.7 s,
+ * How many requests to Mixpanel may be in flight before identities wait for a batch. Measured with 4, 6, 8 and 16: 500
+ * callers at 50 ms get 0.80, 0.84, 0.86 and 0.86 of the throughput that this latency allows. 1000 callers within 0.7 s,
  * at 20 ms, cost 42, 51, 62 and 96 requests.
  */
 const FREE_SENDS = 6
 
-/** How a caller wants it: validated by Mixpanel (`strict=1`), answered as soon as it is in the outbox (RFC 7240). */
+/** `isStrict`: Mixpanel validates the event (`strict=1`). `isAsync`: answered once it is in the outbox (RFC 7240). */
 export interface IdentifyOptions { isStrict?: boolean, isAsync?: boolean }
 
 /**
- * What happens to an identity once it is accepted: it joins a batch, the batch is delivered, each gets its verdict.
- * With an outbox, what cannot be delivered now is kept and delivered later. Its creator closes what it is given.
+ * The path of a validated identity: it joins a batch, the batch is sent, and each identity gets its own verdict. With
+ * an outbox, events that Mixpanel cannot take now are stored and sent later. The caller closes `mixpanel` and `outbox`.
  */
 export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbox?: Outbox) {
   const delivery = createDelivery(config, mixpanel, log)
@@ -37,7 +37,7 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
     freeSends: FREE_SENDS,
     maxSends: MAX_SENDS,
     maxItems: config.MAX_IN_FLIGHT,
-    // In the last tenth of its time a send would hardly be answered, and its failure would be counted as Mixpanel's.
+    // A send in the last tenth of the deadline would rarely be answered, and would count as a failure of Mixpanel.
     late: { afterMs: config.DEADLINE_MS * 0.9, result: NEVER_SENT },
     isAlone: item => item.isStrict
   })
@@ -46,34 +46,33 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
 
   return {
     /**
-     * Resolves with the identity's own verdict within DEADLINE_MS; rejects only on a bug. With MAX_IN_FLIGHT identities
-     * waiting it is `overloaded` at once. A caller who goes away stops nothing: what is accepted is sent, or kept.
+     * Resolves with the verdict within DEADLINE_MS; rejects only on a bug. With MAX_IN_FLIGHT identities in flight the
+     * verdict is `overloaded`, at once. A caller that disconnects changes nothing: the event is sent or stored.
      */
     identify (event: PendingEvent, { isStrict = false, isAsync = false }: IdentifyOptions = {}): Promise<Verdict> {
       const item = { event, isStrict, deadline: performance.now() + config.DEADLINE_MS }
       return storeAndForward === undefined ? send(item) : storeAndForward.identify(item, isAsync)
     },
 
-    /** The event of an identity that is accepted now. */
+    /** Returns the event of an identity that is validated now. */
     toEvent: (identity: Identity) => identifyEvent(identity, Date.now()),
 
-    /** The event as it would be sent, with the token masked. */
     preview: mixpanel.preview,
 
-    /** For people: how many identities' callers wait, what is in the outbox, and what Mixpanel said last. */
+    /** Returns, for operators: identities in flight, the counts of the outbox, and Mixpanel's last verdict. */
     state: () => ({
       in_flight: storeAndForward?.inFlight() ?? batcher.inFlight(),
       ...outbox && { outbox: outbox.counts() },
       ...delivery.state()
     }),
 
-    /** Time is up: with an outbox, whoever still waits for Mixpanel is kept there instead. */
+    /** With an outbox, stores the identities that still wait for Mixpanel. Without one it does nothing. */
     stopWaiting: () => storeAndForward?.stopWaiting(),
 
-    /** Begins to deliver what waits in the outbox; needed once, before the first identity. */
+    /** Starts the delivery of queued events. Call it once, before the first identity. */
     start: () => storeAndForward?.start(),
 
-    /** Resolves when no identity is in flight any more, those of clients that have gone included. */
+    /** Resolves when no identity is in flight, including those of disconnected callers. */
     stop: () => storeAndForward === undefined ? batcher.idle() : storeAndForward.stop()
   }
 }

@@ -10,27 +10,26 @@ import { isDeferrable, isUndelivered, OVERLOADED, type Verdict } from '../identi
 interface Dependencies {
   outbox: Outbox
   delivery: Delivery
-  /** Resolves with the verdict of one that is sent now. */
   send: (item: OutgoingEvent) => Promise<Verdict>
   log: Log
 }
 
 const overloaded = (reason: string): Verdict => ({ ...OVERLOADED, reason })
-const NOT_STORED = overloaded('The outbox is full, or cannot write: it was not kept.')
-const STORE_UNREACHABLE = overloaded('The outbox is out of reach: it was neither sent nor kept.')
-const MAYBE_STORED = overloaded('The outbox did not answer in time, and may have kept it: a repeat is safe.')
+const NOT_STORED = overloaded('The outbox is full or cannot write. The identity was not stored.')
+const STORE_UNREACHABLE = overloaded('The outbox is out of reach. The identity was neither sent nor stored.')
+const MAYBE_STORED = overloaded('The outbox did not answer in time and may have stored the identity. A repeat is safe.')
 
 /**
- * Sends identities, or keeps them in the outbox where Mixpanel cannot take them now. The first claim on an anonymous id
- * wins at Mixpanel for ever, so claims on one keep the order in which they came: a second one waits for the verdict of
- * the first, and follows it into the outbox.
+ * Sends identities, and stores those that Mixpanel cannot take now. Mixpanel merges an anonymous id with the first user
+ * only, so identities with one anonymous id stay in order. The second one waits for the verdict of the first, and
+ * follows it into the outbox.
  */
 export function createStoreAndForward (config: Config, { outbox, delivery, send, log }: Dependencies) {
   const forwarder = createForwarder(config, outbox, delivery, log)
-  // When one is accepted the anonymous id is taken, and the order of the others decides nothing.
+  // Once one identity is accepted, the anonymous id is taken, and the order of the others no longer matters.
   const mutex = createKeyedMutex<Verdict>(({ code }) => code === 'accepted')
 
-  /** What ends the wait of those who are being sent. */
+  /** One callback for each event being sent; it ends the wait for Mixpanel. */
   const sending = new Set<() => void>()
   let isStopped = false
 
@@ -43,10 +42,10 @@ export function createStoreAndForward (config: Config, { outbox, delivery, send,
 
   function sendUnlessStopped (item: OutgoingEvent): Promise<Verdict> {
     return new Promise((resolve, reject) => {
-      const giveUp = () => resolve({ code: 'mixpanel_timed_out', cause: 'the relay ends', isTransient: true })
+      const endWait = () => resolve({ code: 'mixpanel_timed_out', cause: 'shutdown', isTransient: true })
       if (isStopped) return resolve(NEVER_SENT)
-      sending.add(giveUp)
-      send(item).then(resolve, reject).finally(() => sending.delete(giveUp))
+      sending.add(endWait)
+      send(item).then(resolve, reject).finally(() => sending.delete(endWait))
     })
   }
 
@@ -54,37 +53,36 @@ export function createStoreAndForward (config: Config, { outbox, delivery, send,
     const { event, deadline } = item
     const hasEarlier = await outbox.has(event.anonKey)
     if (hasEarlier === 'unknown') return STORE_UNREACHABLE
-    if (hasEarlier === 'yes') return store(event, 'an earlier claim waits')
-    // Who has waited that long for an earlier claim has no time left for Mixpanel.
-    if (performance.now() > deadline - config.DEADLINE_MS / 2) return store(event, 'late')
+    if (hasEarlier === 'yes') return store(event, 'an earlier identity is queued')
+    // Half the deadline has passed behind an earlier identity; too little is left to send.
+    if (performance.now() > deadline - config.DEADLINE_MS / 2) return store(event, 'half of DEADLINE_MS has passed')
     const verdict = await sendUnlessStopped(item)
     if (verdict.code === 'accepted') forwarder.recovered()
     if (!isDeferrable(verdict)) return verdict
     const stored = await store(event, verdict.code)
-    // Nobody may be told that nothing was sent when Mixpanel may have it.
+    // When Mixpanel may have the event, the answer must not say that it was not sent.
     return stored.code === 'queued' || isUndelivered(verdict) ? stored : verdict
   }
 
   return {
-    /** The verdict of an identity: as by `send`, or `queued` once it is on disk. `isAsync`: Mixpanel is not asked. */
+    /** Resolves with the verdict of `send`, or with `queued` once the event is on disk. `isAsync`: stores at once. */
     async identify (item: OutgoingEvent, isAsync: boolean): Promise<Verdict> {
       if (mutex.inFlight() >= config.MAX_IN_FLIGHT) return OVERLOADED
       return mutex.run(item.event.anonKey, () => isAsync ? store(item.event, 'respond-async') : sendOrStore(item))
     },
 
-    /** From now on nobody waits for Mixpanel: whoever does, or would, is kept instead. */
+    /** Stops waiting for Mixpanel: events being sent, and all later ones, are stored. */
     stopWaiting (): void {
       isStopped = true
-      for (const giveUp of sending) giveUp()
+      for (const endWait of sending) endWait()
     },
 
-    /** How many are not yet sent or kept. */
+    /** Returns how many identities have no verdict yet. */
     inFlight: mutex.inFlight,
 
-    /** Begins to deliver what waits in the outbox. */
     start: forwarder.start,
 
-    /** Resolves when no caller waits and nothing leaves the outbox any more. */
+    /** Resolves when no identity is in flight and the forwarder has stopped. */
     async stop (): Promise<void> {
       await mutex.idle()
       await forwarder.stop()

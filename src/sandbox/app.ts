@@ -5,14 +5,14 @@ import { createEndpoints, TOO_LARGE, type Answer, type EndpointOptions, type Par
 import { createFaultScript, FAULTS, type Fault } from './faults.ts'
 import { createLedger, type LedgerOptions } from './ledger.ts'
 
-/** A request as it came on one of Mixpanel's paths, for tests to look at. */
+/** A request to one of Mixpanel's paths, recorded for tests. */
 export interface Received { method: string, url: string, headers: FastifyRequest['headers'], body: string }
 
 export type Sandbox = ReturnType<typeof createSandbox>
 
 /**
- * A stand-in for Mixpanel. What is known of `/track` and `/import` is in endpoints and ledger; the ledger and the fault
- * script are also on `/__sandbox`, never on one of Mixpanel's paths. Not yet listening; the caller closes `app`.
+ * An imitation of Mixpanel, not yet listening; the caller closes `app`. endpoints.ts and ledger.ts have the known
+ * behaviour of `/track` and `/import`. The ledger and the fault script are also served on `/__sandbox`.
  */
 export function createSandbox (options: EndpointOptions & LedgerOptions = {}) {
   const ledger = createLedger(options)
@@ -23,7 +23,7 @@ export function createSandbox (options: EndpointOptions & LedgerOptions = {}) {
     bodyLimit: 10 * 1024 * 1024, forceCloseConnections: true, routerOptions: { ignoreTrailingSlash: true }
   })
 
-  /** Lets the next fault have its way with the request, or answers as Mixpanel would. */
+  /** Answers with the next fault, or as Mixpanel would. */
   async function answer (request: FastifyRequest, reply: FastifyReply, respond: () => Answer) {
     const { method, url, headers, body } = request
     requests.push({ method, url, headers, body: String(body ?? '') })
@@ -41,7 +41,7 @@ export function createSandbox (options: EndpointOptions & LedgerOptions = {}) {
   }
 
   app.addHook('onRequest', async (request, reply) => {
-    // A fragment belongs to the documentation's address, not on the wire: a client that sends it shall notice.
+    // A fragment belongs to the documentation's URL, not on the wire: a client that sends one must fail.
     if (/#|%23/.test(request.url)) return reply.code(404).send({ error: 'a fragment was sent', status: 0 })
   })
   app.setErrorHandler<FastifyError>((error, request, reply) => error.statusCode === 413
@@ -77,7 +77,7 @@ export function createSandbox (options: EndpointOptions & LedgerOptions = {}) {
     app.options(url, async (request, reply) => reply.code(204).header('access-control-allow-origin', '*').send())
   }
   app.setNotFoundHandler(async ({ url }, reply) =>
-    reply.code(/^\/(track|import)\b/.test(url) ? 405 : 404).send({ error: 'not here', status: 0 }))
+    reply.code(/^\/(track|import)\b/.test(url) ? 405 : 404).send({ error: 'unknown path or method', status: 0 }))
 
   app.get('/__sandbox/livez', async () => ({ status: 'alive' }))
   app.get('/__sandbox/events', async () => ({ events: ledger.rows(), deduplicated: ledger.deduplicated().length }))
@@ -102,12 +102,12 @@ function send (reply: FastifyReply, { status, body, type, location }: Answer): F
   return reply.code(status).send(body)
 }
 
-/** K2: plain JSON, or base64 in which a form parser may have turned `+` into a space; null when it is neither. */
+/** Parses plain JSON, or base64 in which a form parser may have turned `+` into a space; null if it is neither. */
 function parseData (data: string): unknown {
   return parse(/^\s*[[{]/.test(data) ? data : Buffer.from(data.replaceAll(' ', '+'), 'base64').toString())
 }
 
-/** `/import` takes an array, or an event a line. */
+/** Parses the body of `/import`: an array, or one event per line. */
 function parseLines (body: string): unknown {
   return /^\s*\[/.test(body) ? parse(body) : body.trim().split('\n').map(parse)
 }

@@ -7,7 +7,7 @@ import { openapi } from '../http/openapi.ts'
 import { createRelay } from '../relay/relay.ts'
 import { createSandbox } from './app.ts'
 
-/** The relay before a stand-in for Mixpanel, in one process: some identities to look at, then yours. */
+// Runs the relay in front of a sandbox, in one process: sends some identities, prints the answers, and serves.
 const sandbox = createSandbox()
 const sandboxUrl = await sandbox.app.listen({ host: '127.0.0.1', port: 0 })
 const { PORT: port = '8080' } = process.env
@@ -29,7 +29,7 @@ const app = await buildApp(config, {
   relay, logger, logRequest, document: async () => (await openapi(config)).document
 })
 const url = await app.listen({ host: config.HOST, port: config.PORT }).catch(async (error: Error) => {
-  console.error(`${error.message}\nTry another one: PORT=18080 npm run demo`)
+  console.error(`${error.message}\nTry another port: PORT=18080 npm run demo`)
   return process.exit(1)
 })
 for (const signal of ['SIGINT', 'SIGTERM']) {
@@ -37,21 +37,21 @@ for (const signal of ['SIGINT', 'SIGTERM']) {
 }
 
 const phone = randomUUID()
-const shows = [
+const samples = [
   { what: 'a user signs in on the phone', identity: { identified_id: 'user-42', anon_id: phone } },
   { what: 'and on the web ($device: id)', identity: { identified_id: 'user-42', anon_id: `$device:${randomUUID()}` } },
   { what: 'the same phone again', identity: { identified_id: 'user-42', anon_id: phone } },
-  { what: 'another user claims that phone', identity: { identified_id: 'user-43', anon_id: phone } },
-  { what: 'one that Mixpanel answers 0', identity: { identified_id: 'user-44', anon_id: randomUUID() }, refused: true },
-  { what: 'junk: a front end sent "null"', identity: { identified_id: 'null', anon_id: randomUUID() } },
+  { what: 'another user on that phone', identity: { identified_id: 'user-43', anon_id: phone } },
+  { what: 'Mixpanel answers 0', identity: { identified_id: 'user-44', anon_id: randomUUID() }, refused: true },
+  { what: 'junk: the frontend sent "null"', identity: { identified_id: 'null', anon_id: randomUUID() } },
   { what: 'junk: no UUID, and a token', identity: { identified_id: 'user-45', anon_id: '12345', token: 'x' } }
 ]
 
-console.log(`relay ${url}, before a stand-in for Mixpanel on ${sandboxUrl}\n`)
-console.log(`${'what happens'.padEnd(31)} ${'the caller got'.padEnd(47)} Mixpanel's ledger says`)
-for (const { what, identity, refused } of shows) {
+console.log(`The relay listens on ${url}, in front of a sandbox on ${sandboxUrl}.\n`)
+console.log(`${'event'.padEnd(31)} ${'answer to the caller'.padEnd(47)} ledger of the sandbox`)
+for (const { what, identity, refused } of samples) {
   const before = sandbox.ledger.rows().length
-  // Twice: the relay asks once more, to learn the reason.
+  // Twice, because the relay repeats the request to get the reason.
   if (refused) sandbox.faults.add({ name: 'refused', times: 2 })
   const answer = await fetch(`${url}/identify`, {
     method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify(identity)
@@ -60,14 +60,14 @@ for (const { what, identity, refused } of shows) {
   const { status, code, detail, errors } = body
   const got = code === undefined ? status : `${code}: ${errors?.map(error => error.pointer).join(' ') ?? detail}`
   const row = sandbox.ledger.rows()[before]
-  const ledger = row?.outcome ?? (refused ? 'nothing: it was refused' : 'nothing: it was never sent')
+  const ledger = row?.outcome ?? (refused ? 'nothing: refused' : 'nothing: not sent')
   console.log(`${what.padEnd(31)} ${`${answer.status} ${got}`.padEnd(47)} ${ledger}`)
 }
 console.log(`
-"accepted" is what Mixpanel said; whether it merged, only its ledger knows. Now yours:
+"accepted" means that Mixpanel answered 1. Only its ledger shows whether the ids merged. Send your own identity:
 
   curl -i ${url}/identify -H 'content-type: application/json' \\
     -d '{"identified_id":"you","anon_id":"${randomUUID()}"}'
 
-What Mixpanel got: ${sandboxUrl}/__sandbox/events   To read and try: ${url}/docs   Ctrl-C ends it.`)
+Events in the sandbox: ${sandboxUrl}/__sandbox/events   API documentation: ${url}/docs   Ctrl-C stops the demo.`)
 isShown = true

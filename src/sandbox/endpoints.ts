@@ -7,18 +7,18 @@ export interface EndpointOptions {
   token?: string
   projectId?: string
   serviceAccounts?: string[]
-  /** Tokens of projects in another region: taken with a `1` and lost. */
+  /** Tokens of projects in another region: answered `1`, and lost. */
   foreignTokens?: string[]
-  /** What `1` means for an array; Mixpanel documents it both ways. */
+  /** Whether `1` for an array means that all events are accepted, or any; Mixpanel documents both. */
   arrayAnswer?: 'all' | 'any'
   /** Seconds since the epoch. */
   clock?: () => number
 }
 
-/** Query parameters, and for `/track` those of the form as well. */
+/** The query parameters, and for `/track` the fields of the form as well. */
 export type Params = Record<string, string | undefined>
 
-/** What goes back: an object as JSON, a string as plain text unless `type` says otherwise. */
+/** An answer: an object is sent as JSON, a string as plain text unless there is a `type`. */
 export interface Answer { status: number, body: object | string, type?: string, location?: string }
 
 const MAX_RECORDS = 2000
@@ -28,7 +28,7 @@ const PIXEL = Buffer.from('R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBR
 
 export const TOO_LARGE = failure(413, 'request exceeds max limit of 2097152 bytes', 'Request Entity Too Large')
 
-/** `/track` and `/import` as far as they are known: what they answer, and what of it reaches the ledger. */
+/** `/track` and `/import` as far as they are known. Each returns its answer and adds accepted events to the ledger. */
 export function createEndpoints (options: EndpointOptions, ledger: ReturnType<typeof createLedger>) {
   const { token = 'sandbox-token', projectId = '1', serviceAccounts = [], foreignTokens = [] } = options
   const clock = options.clock ?? (() => Math.floor(Date.now() / 1000))
@@ -38,18 +38,18 @@ export function createEndpoints (options: EndpointOptions, ledger: ReturnType<ty
     if (foreignTokens.includes(String(given))) return ledger.add(endpoint, event, 'wrong_region')
     if (given !== token) return ledger.add(endpoint, event, 'unknown_token')
     if (properties.$ignore) return ledger.add(endpoint, event, 'ignored')
-    // K11: what is missing is taken from $identified_id.
+    // A missing distinct_id is taken from $identified_id.
     const id = properties.distinct_id ?? (event.event === '$identify' ? properties.$identified_id : undefined)
     ledger.add(endpoint, { ...event, properties: { ...properties, distinct_id: id } })
   }
 
-  /** strict=1: the good ones are stored, the bad ones named. */
-  function strictly (
+  /** Stores the valid events and lists the failed ones, as `strict=1` does. */
+  function storeValid (
     endpoint: 'track' | 'import', events: MixpanelEvent[], tokenOf: (event: MixpanelEvent) => unknown
   ): Answer {
     const failed = failedRecords(events, clock())
-    const bad = new Set(failed.map(({ index }) => index))
-    events.forEach((event, index) => bad.has(index) || store(endpoint, event, tokenOf(event)))
+    const failedIndexes = new Set(failed.map(({ index }) => index))
+    events.forEach((event, index) => failedIndexes.has(index) || store(endpoint, event, tokenOf(event)))
     const imported = events.length - failed.length
     return failed.length > 0
       ? refusal(failed, imported)
@@ -57,21 +57,21 @@ export function createEndpoints (options: EndpointOptions, ledger: ReturnType<ty
   }
 
   return {
-    /** `data` is the parsed body or form field: anything, null where it was no JSON, undefined where there was none. */
+    /** `data` is the parsed body or form field: null if it is not JSON, undefined if it is missing. */
     track (params: Params, data: unknown): Answer {
       const events = (Array.isArray(data) ? data : [data]) as MixpanelEvent[]
       if (data === undefined || events.length === 0) return plain(params, 'data, missing or empty')
       if (events.some(event => typeof event !== 'object' || event === null)) return plain(params, 'data, invalid')
       if (events.length > MAX_RECORDS) return TOO_LARGE
-      // K16, an assumption: no answer of `/track` to strict=1 is on record; it is taken to be that of `/import`.
-      if (params.strict === '1') return strictly('track', events, event => event.properties?.token)
+      // Assumption: no answer of `/track` to strict=1 has been recorded; the answer of `/import` is used.
+      if (params.strict === '1') return storeValid('track', events, event => event.properties?.token)
       const reasons = events.map(event => trackFault(event, clock()))
       events.forEach((event, index) => reasons[index] === undefined && store('track', event, event.properties?.token))
-      const bad = reasons.filter(reason => reason !== undefined)
-      return plain(params, options.arrayAnswer === 'any' && bad.length < events.length ? undefined : bad[0])
+      const errors = reasons.filter(reason => reason !== undefined)
+      return plain(params, options.arrayAnswer === 'any' && errors.length < events.length ? undefined : errors[0])
     },
 
-    /** `credentials` are those of Basic auth, `user:secret`; `events` is the parsed body. */
+    /** `credentials` are those of Basic auth, as `user:secret`; `events` is the parsed body. */
     import (params: Params, credentials: string, events: unknown): Answer {
       const isAccount = serviceAccounts.includes(credentials) && params.project_id === projectId
       if (!isAccount && credentials !== `${token}:`) return failure(401, 'Invalid credentials', 'Unauthorized')
@@ -84,12 +84,12 @@ export function createEndpoints (options: EndpointOptions, ledger: ReturnType<ty
       }
       const isVerb = ({ event }: MixpanelEvent) => ['$identify', '$create_alias', '$merge'].includes(String(event))
       if (options.mode === 'simplified' && events.some(isVerb)) return refusal([SIMPLIFIED], 0)
-      return strictly('import', events, () => token)
+      return storeValid('import', events, () => token)
     }
   }
 }
 
-/** K3–K10: why `/track` refuses a record, or undefined. Texts that nobody has recorded are assumptions. */
+/** Returns why `/track` refuses a record, or undefined. Texts that have not been recorded are assumptions. */
 function trackFault ({ event, properties }: MixpanelEvent, now: number): string | undefined {
   const { token, time, distinct_id: id } = Object(properties) as Record<string, unknown>
   if (event === undefined && properties === undefined) return 'data, missing or empty'
@@ -100,7 +100,7 @@ function trackFault ({ event, properties }: MixpanelEvent, now: number): string 
   return typeof seconds === 'number' && seconds < now - FIVE_DAYS ? 'time, too old' : undefined
 }
 
-/** K18: always 200, with `1` or `0` as text, or with `verbose=1` as JSON. */
+/** Returns the plain answer: always 200, with `1` or `0` as text, or as JSON with `verbose=1`. */
 function plain ({ verbose, img, callback, redirect }: Params, error?: string): Answer {
   const word = error === undefined ? 1 : 0
   if (redirect !== undefined) return { status: 302, body: '', location: redirect }

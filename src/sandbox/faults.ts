@@ -1,7 +1,7 @@
 import { gzipSync } from 'node:zlib'
 import type { FastifyReply } from 'fastify'
 
-/** Every way in which Mixpanel, its edge or the network has been seen to fail. `wait` only delays a good answer. */
+/** The known failures of Mixpanel, its edge and the network. The request is not processed. */
 export const FAULTS = {
   rate_limited: answer(429, 'application/json', JSON.stringify({
     code: 429,
@@ -59,10 +59,10 @@ export const FAULTS = {
   }
 }
 
-/** These take time, or let the request be processed, and only the answer suffers. */
+/** Faults that delay the answer, or that process the request and then break the connection. */
 export const LATE_FAULTS = ['reset_after', 'close_idle', 'wait', 'slow_zero'] as const
 
-/** `times` defaults to 1; `retry_after` goes into the answer's header; `ms` is for `wait` and `slow_zero`. */
+/** `times` defaults to 1; `retry_after` becomes a header of the answer; `ms` is for `wait` and `slow_zero`. */
 export interface Fault {
   name: keyof typeof FAULTS | typeof LATE_FAULTS[number]
   times?: number
@@ -70,7 +70,7 @@ export interface Fault {
   ms?: number
 }
 
-/** The faults to come, one a request, in order; none left means that all goes well. */
+/** A queue of faults, one for each request. Without a fault the request succeeds. */
 export function createFaultScript () {
   let script: Fault[] = []
   return {
@@ -90,7 +90,7 @@ function answer (status: number, type: string, body: string | Buffer, headers: R
   return (reply: FastifyReply) => { reply.code(status).headers(headers).type(type).send(body) }
 }
 
-/** A `0`, whose reason only `verbose=1` tells. */
+/** Answers `0`, with the reason only for `verbose=1`. */
 function zero (error: string) {
   return (reply: FastifyReply) => {
     const verbose = 'verbose' in (reply.request.query as object)

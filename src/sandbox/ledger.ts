@@ -1,4 +1,4 @@
-/** What Mixpanel would have made of an event, in its own words where it has any. Never part of an HTTP answer. */
+/** The outcome of an event at Mixpanel, by Mixpanel's own name if it has one. Never part of an HTTP answer. */
 export type LedgerOutcome =
   | 'stored' | 'ignored' | 'unknown_token' | 'wrong_region' | 'identify_incomplete'
   | 'ignored_simplified' | 'not_applicable'
@@ -9,7 +9,7 @@ export type Mode = 'original' | 'simplified' | 'legacy'
 
 export interface MixpanelEvent { event?: unknown, properties?: Record<string, unknown> }
 
-/** An event that one of Mixpanel's paths took: without the token, strings cut to 255 as Mixpanel stores them. */
+/** An event that an endpoint accepted: without the token, strings cut to 255 characters as Mixpanel stores them. */
 export interface Row {
   endpoint: 'track' | 'import'
   event: unknown
@@ -21,18 +21,18 @@ export interface Row {
 export interface LedgerOptions { mode?: Mode, anonFormat?: 'strict' | 'lenient', clusterMax?: number }
 
 const ANON_FORMATS = {
-  // The guard of the official PHP library: JavaScript ids until 2025 were five groups, but no UUIDs.
+  // The pattern of the official PHP library: until 2025, JavaScript ids had five groups but were no UUIDs.
   lenient: /^(\$device:)?[a-z0-9]+-[a-z0-9]+-[a-z0-9]+-[a-z0-9]+-[a-z0-9]+$/i,
   strict: /^(\$device:)?[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$/i
 }
 
 /**
- * The identity rules: first claim wins, merges are for good, refusals are silent. `add` takes what an endpoint has
- * accepted. The cluster limit is an assumption: a live probe stopped at 501 members, the documentation says 500.
+ * The identity rules: the first user of an anonymous id wins, merges are final, refusals are silent. `add` takes events
+ * that an endpoint accepted. The cluster limit is assumed: a live probe stopped at 501 members, not the documented 500.
  */
 export function createLedger ({ mode = 'original', anonFormat = 'lenient', clusterMax = 501 }: LedgerOptions = {}) {
   let rows: Row[] = []
-  const owner = new Map<string, string>() // anon_id → the identified_id that claimed it
+  const owner = new Map<string, string>() // anon_id → identified_id
   const parent = new Map<string, string>()
   const size = new Map<string, number>()
 
@@ -55,9 +55,9 @@ export function createLedger ({ mode = 'original', anonFormat = 'lenient', clust
     if (!ANON_FORMATS[anonFormat].test(anon)) {
       return failure('errAnonDistinctIdNonGUIDForm', `$anon_distinct_id didn't match expected GUID pattern: ${anon}`)
     }
-    const claimed = owner.get(anon)
-    if (claimed === identified) return { outcome: 'repeat' }
-    if (claimed !== undefined) {
+    const current = owner.get(anon)
+    if (current === identified) return { outcome: 'repeat' }
+    if (current !== undefined) {
       return failure('errAnonDistinctIdAssignedAlready', `$anon_distinct_id already identified: ${anon}`)
     }
     const [one, other] = [root(anon), root(identified)]
@@ -83,9 +83,9 @@ export function createLedger ({ mode = 'original', anonFormat = 'lenient', clust
         : event === '$identify' ? identify(visible) : { outcome: 'stored' as const }
       rows.push({ endpoint, event, properties: stored, ...found })
     },
-    /** Every row as it came. */
+    /** Returns every row, in order of arrival. */
     rows: (): readonly Row[] => rows,
-    /** The rows as Mixpanel's queries see them: of equal (event, distinct_id, time, $insert_id) the first one. */
+    /** Returns the rows as queries see them: the first of those with equal event, distinct_id, time and $insert_id. */
     deduplicated (): Row[] {
       const seen = new Set<string>()
       return rows.filter(({ event, properties: { distinct_id: id, time, $insert_id: insertId } }) => {

@@ -1,6 +1,6 @@
 import type { MixpanelEvent } from './ledger.ts'
 
-/** Why a record fails Mixpanel's strict validation, in its own words. */
+/** A record that fails Mixpanel's strict validation, with Mixpanel's message. */
 export interface FailedRecord { index: number, insert_id: unknown, field: string, message: string }
 
 const INVALID_IDS = new Set([
@@ -10,7 +10,7 @@ const INVALID_IDS = new Set([
 const YEAR_1971 = 31_536_000
 const HOUR = 3600
 
-/** The records of a batch that strict validation refuses, at most one reason each. `now` is in seconds. */
+/** Returns the records that strict validation refuses, with one reason each. `now` is in seconds since the epoch. */
 export function failedRecords (events: MixpanelEvent[], now: number): FailedRecord[] {
   return events.flatMap((event, index) => {
     const [field, message] = fault(event, now) ?? []
@@ -37,7 +37,7 @@ function fault ({ event, properties: given }: MixpanelEvent, now: number): [stri
   if (typeof insertId !== 'string' || isInvalidId(insertId) || !/^[A-Za-z0-9-]{1,36}$/.test(insertId)) {
     return ['$insert_id', "'$insert_id' is invalid: must only contain alphanumeric or hyphen '-' characters"]
   }
-  // Assumption: what Mixpanel says of too many properties and too deep ones has not been seen.
+  // Assumption: Mixpanel's messages for too many or too deep properties have not been recorded.
   return nestedFault(properties, 'properties', 1)
 }
 

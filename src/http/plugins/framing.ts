@@ -2,7 +2,7 @@ import type { IncomingMessage } from 'node:http'
 import fp from 'fastify-plugin'
 import { MAX_HEADERS } from '../connections.ts'
 
-/** Refuses what two servers on the way could read in two ways, and bodies that would have to be decoded first. */
+/** Refuses requests that two servers could read differently, and bodies that are not plain UTF-8. */
 export const framing = fp(async app => {
   app.addHook('onRequest', (request, reply, done) => {
     if (!hasOneHost(request.raw)) {
@@ -14,19 +14,19 @@ export const framing = fp(async app => {
       return reply.header('connection', 'close').problem('invalid_request', { errors, status: 431 })
     }
     const {
-      'transfer-encoding': framing, 'content-encoding': encoding = '', 'content-type': type = ''
+      'transfer-encoding': coding, 'content-encoding': encoding = '', 'content-type': type = ''
     } = request.headers
-    if (framing !== undefined && (framing.toLowerCase() !== 'chunked' || request.raw.httpVersion === '1.0')) {
+    if (coding !== undefined && (coding.toLowerCase() !== 'chunked' || request.raw.httpVersion === '1.0')) {
       const errors = [{ pointer: '', detail: 'must have no transfer encoding but chunked, and none in HTTP/1.0' }]
       return reply.header('connection', 'close').problem('invalid_request', { errors })
     }
     const isEncoded = encoding !== '' && encoding.toLowerCase() !== 'identity'
-    return isEncoded || hasForeignCharset(type) ? reply.problem('unsupported_media_type') : done()
+    return isEncoded || hasOtherCharset(type) ? reply.problem('unsupported_media_type') : done()
   })
 })
 
-/** True for a media type whose charset is not UTF-8, the only one of JSON (RFC 8259). */
-function hasForeignCharset (type: string): boolean {
+/** Returns true for a media type whose charset is not UTF-8, the only one for JSON (RFC 8259). */
+function hasOtherCharset (type: string): boolean {
   const charset = /;\s*charset\s*=\s*"?([^\s";]*)/i.exec(type)?.[1]
   return charset !== undefined && !/^utf-?8$/i.test(charset)
 }

@@ -10,7 +10,7 @@ const PREFLIGHT = {
 
 interface Options { config: Pick<Config, 'CORS_ORIGINS'> }
 
-/** Lets the pages of CORS_ORIGINS read every answer, those of the hooks that follow among them. */
+/** Lets pages of CORS_ORIGINS read every response, including those of later hooks. */
 export const corsHeaders = fp<Options>(async (app, { config }) => {
   const allowed = new Set(config.CORS_ORIGINS)
   app.addHook('onRequest', ({ headers: { origin } }, reply, done) => {
@@ -22,9 +22,9 @@ export const corsHeaders = fp<Options>(async (app, { config }) => {
 })
 
 /**
- * Decides which pages may call. A foreign origin is turned away, not merely left without CORS headers: a browser hides
- * an answer from a foreign page, but does not stop the request (a beacon, a text/plain POST) that merges two ids. So
- * @fastify/cors is not enough, and what is left for it to do is a few headers.
+ * Refuses requests from foreign origins. Without CORS headers a browser hides the response from a foreign page, but it
+ * still sends the request (a beacon, a text/plain POST), which merges two ids. @fastify/cors does not refuse requests,
+ * and could only replace a few headers here.
  */
 export const origins = fp<Options>(async (app, { config }) => {
   const allowed = new Set(config.CORS_ORIGINS)

@@ -10,14 +10,14 @@ import { type ProblemOptions, problemBody, type ProblemCode, PROBLEMS } from '..
 
 declare module 'fastify' {
   interface FastifyReply {
-    /** Answers with a problem (RFC 9457); `retryAfter` is in seconds. */
+    /** Sends a problem (RFC 9457). `retryAfter` is in seconds. */
     problem: (code: ProblemCode, extras?: ProblemOptions) => FastifyReply
-    /** Logs what must not happen. */
+    /** Logs an error that is a bug of the relay. */
     logUnhandledError: (error: Error) => void
   }
 }
 
-/** Gives replies `problem`, and turns every error around a handler into one; our own faults are logged. */
+/** Adds `problem` to replies, and turns every error around a handler into a problem. Unexpected errors are logged. */
 export const problems = fp<{ logger: Logger }>(async (app, { logger }) => {
   app.decorateReply('problem', function (code, extras = {}) {
     this.logLine.code = code
@@ -48,11 +48,11 @@ export const problems = fp<{ logger: Logger }>(async (app, { logger }) => {
 
 function send (reply: FastifyReply, code: ProblemCode, extras: ProblemOptions) {
   return reply.code(extras.status ?? PROBLEMS[code].status).header('content-type', 'application/problem+json')
-    // As a string it would be given a charset, which JSON media types do not have.
+    // Fastify adds a charset to a string, and JSON media types have none.
     .send(Buffer.from(JSON.stringify(problemBody(code, reply.request.id, extras))))
 }
 
-/** For a URL that Fastify cannot route: no hook of ours sees the request, and its reply has no `problem`. */
+/** Returns the handler for a URL that Fastify cannot route. No hook runs, and its reply has no `problem`. */
 export const handleFrameworkError = (logger: Logger) =>
   (_: FastifyError, { method, id }: FastifyRequest, reply: FastifyReply) => {
     const errors = [{ pointer: '', detail: 'must have a valid URL' }]
@@ -60,7 +60,7 @@ export const handleFrameworkError = (logger: Logger) =>
     return send(reply.header('x-request-id', id), 'invalid_request', { errors })
   }
 
-/** For bytes that Node could not read as a request, or that came too slowly: answers, then closes the connection. */
+/** Returns the handler for bytes that are not a request, or too slow. It sends a problem and closes the connection. */
 export const handleClientError = (logger: Logger, { refuseBytes }: Connections) =>
   (error: NodeJS.ErrnoException, socket: Socket): void => {
     if (error.code === 'ECONNRESET') socket.destroy()

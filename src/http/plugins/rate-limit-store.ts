@@ -2,27 +2,27 @@ import type { FastifyRateLimitStore } from '@fastify/rate-limit'
 import { throttledError, type Log } from '../../log.ts'
 import { withTimeout, FOREGROUND_TIMEOUT_MS, type Redis } from '../../redis.ts'
 
-/** How many callers are remembered. Beyond that the one whose window began first is forgotten. */
+/** The most callers in memory. Beyond that, the caller with the oldest window is forgotten. */
 const MAX_CALLERS = 100_000
 
-/** How often it is said that Redis does not count. */
-const COMPLAINT_MS = 60_000
+/** The shortest time between two log lines about Redis. */
+const LOG_INTERVAL_MS = 60_000
 
-/** What a caller has used of its window, with what it asks for now, and how long the window still lasts in ms. */
+/** The usage of a caller in its window, this request included, and the time until the window ends, in ms. */
 export interface Usage { current: number, ttl: number }
 
 interface Options {
-  /** The most that a caller may use of one window, and the window's length in ms. */
+  /** The limit of a caller in one window, and the length of the window in ms. */
   max: number
   windowMs: number
-  /** Where all relays count together, and what its keys begin with. */
+  /** The connection through which all relays count together, and the prefix of its keys. */
   redis?: { connection: Redis, prefix: string } | undefined
   log: Log
 }
 
 /**
- * KEYS: a caller's counter. ARGV: how much is asked for, the most, the window in ms. Counts it where that is allowed.
- * Returns { used, with what is asked for; ms until the window ends }.
+ * KEYS: a caller's counter. ARGV: the amount, the limit, the window in ms. Adds the amount when the limit allows it.
+ * Returns { usage with the amount, ms until the window ends }.
  */
 const COUNT = `
 local used, asked = tonumber(redis.call('GET', KEYS[1]) or '0'), tonumber(ARGV[1])
@@ -36,41 +36,40 @@ return { used + asked, left }`
 
 export type RateLimitStore = FastifyRateLimitStore & {
   /**
-   * Counts one request of a caller and returns true, if the limit allows it and Redis need not be asked; otherwise
-   * `incr` must decide. It spares nearly every request the four promises that @fastify/rate-limit makes.
+   * Counts one request and returns true when the limit allows it and there is no Redis. Otherwise `incr` must decide.
+   * This saves nearly every request the four promises of @fastify/rate-limit.
    */
   countNow: (key: string) => boolean
-  /** Counts `amount` for a caller if the limit allows it, and resolves with what that makes. Never rejects. */
+  /** Adds `amount` when the limit allows it, and resolves with the usage. Never rejects. */
   add: (key: string, amount: number) => Promise<Usage>
-  /** Counts `amount` for a caller, whatever the limit is: it has been spent. Never rejects. */
+  /** Adds `amount` even beyond the limit, and resolves with the usage. Never rejects. */
   charge: (key: string, amount: number) => Promise<Usage>
 }
 
 /**
- * The counters of @fastify/rate-limit: fixed windows, one for each caller and all routes. With Redis all relays count
- * together; while it fails or refuses, each goes by its own count, which it keeps all the time.
+ * Returns the store of @fastify/rate-limit: one fixed window for each caller, shared by all routes. With Redis all
+ * relays count together. While Redis fails or refuses, each relay uses its own count, which it always keeps.
  */
 export function createRateLimitStore ({ max, windowMs, redis, log }: Options): RateLimitStore {
   const countLocally = createCounter(windowMs)
-  const logError = throttledError((what, message) => log.warn(what, message), COMPLAINT_MS)
+  const logError = throttledError((fields, message) => log.warn(fields, message), LOG_INTERVAL_MS)
   const countShared = redis && createSharedCounter(redis, windowMs)
 
-  function add (key: string, amount: number, most = max): Usage | Promise<Usage> {
-    const here = countLocally(key, amount, most)
-    return countShared?.(key, amount, most).catch(error => {
+  function add (key: string, amount: number, limit = max): Usage | Promise<Usage> {
+    const local = countLocally(key, amount, limit)
+    return countShared?.(key, amount, limit).catch(error => {
       logError({ cause: error.message }, 'rate limit store unavailable')
-      return here
-    }) ?? here
+      return local
+    }) ?? local
   }
 
   const store: RateLimitStore = {
     incr (key, callback) {
       const usage = add(key, 1)
-      if ('then' in usage) usage.then(found => callback(null, found), error => callback(error))
+      if ('then' in usage) usage.then(shared => callback(null, shared), error => callback(error))
       else callback(null, usage)
     },
     countNow: key => redis === undefined && countLocally(key, 1, max).current <= max,
-    // One budget for all routes.
     child: () => store,
     add: async (key, amount) => add(key, amount),
     charge: async (key, amount) => add(key, amount, Number.MAX_SAFE_INTEGER)
@@ -78,12 +77,12 @@ export function createRateLimitStore ({ max, windowMs, redis, log }: Options): R
   return store
 }
 
-/** Counts in this process, by a clock that nobody sets. */
-function createCounter (windowMs: number): (key: string, amount: number, most: number) => Usage {
-  /** The callers in the order in which their windows began. */
+/** Returns a counter in this process, on a monotonic clock. */
+function createCounter (windowMs: number): (key: string, amount: number, limit: number) => Usage {
+  /** In the order in which the windows began. */
   const windows = new Map<string, { used: number, since: number }>()
 
-  return (key, amount, most) => {
+  return (key, amount, limit) => {
     const now = performance.now()
     let window = windows.get(key)
     if (window === undefined || now - window.since >= windowMs) {
@@ -93,20 +92,20 @@ function createCounter (windowMs: number): (key: string, amount: number, most: n
       windows.set(key, window)
     }
     const current = window.used + amount
-    if (current <= most) window.used = current
+    if (current <= limit) window.used = current
     return { current, ttl: window.since + windowMs - now }
   }
 }
 
-/** Counts in Redis. Rejects where Redis does not count, for whatever reason, within SOON_MS. */
+/** Returns a counter in Redis. It rejects when Redis does not count within FOREGROUND_TIMEOUT_MS, for any reason. */
 function createSharedCounter (
   { connection, prefix }: NonNullable<Options['redis']>, windowMs: number
 ) {
   type Script = (key: string, ...args: number[]) => Promise<[current: number, ttl: number]>
   connection.defineCommand('identifyRateLimit', { numberOfKeys: 1, lua: COUNT })
   const { identifyRateLimit: count } = connection as unknown as { identifyRateLimit: Script }
-  return async (key: string, amount: number, most: number): Promise<Usage> => {
-    const command = count.call(connection, prefix + key, amount, most, windowMs)
+  return async (key: string, amount: number, limit: number): Promise<Usage> => {
+    const command = count.call(connection, prefix + key, amount, limit, windowMs)
     const [current, ttl] = await withTimeout(connection, FOREGROUND_TIMEOUT_MS, command)
     return { current, ttl }
   }

@@ -10,18 +10,18 @@ import { createRateLimitStore } from './rate-limit-store.ts'
 declare module 'fastify' {
   interface FastifyInstance {
     /**
-     * Counts `amount` more against the limit of a request's caller. Resolves with undefined, or where that is too much
-     * with the whole seconds until the caller's window ends; then nothing is counted.
+     * Counts `amount` more against the limit of a request's caller and resolves with undefined. When that exceeds the
+     * limit, counts nothing and resolves with the whole seconds until the caller's window ends.
      */
     countIdentities: (request: FastifyRequest, amount: number) => Promise<number | undefined>
-    /** Counts `amount` against the limit of an address, whether it allows it or not. */
+    /** Counts `amount` against the limit of an address, even beyond it. */
     charge: (address: string, amount: number) => void
   }
 }
 
 interface Options { config: Config, redis?: Redis | undefined, log: Log }
 
-/** Every request counts against its caller's limit, whatever becomes of it; only health is free. */
+/** Counts every request against its caller's limit, whatever the response; only the health routes are exempt. */
 export const rateLimits = fp<Options>(async (app, { config, redis, log }) => {
   const { RATE_LIMIT_MAX: max, RATE_LIMIT_WINDOW_MS: windowMs } = config
   const prefix = `identify-relay:${projectFingerprint(config)}:limit:`
@@ -32,9 +32,9 @@ export const rateLimits = fp<Options>(async (app, { config, redis, log }) => {
     max,
     timeWindow: windowMs,
     enableDraftSpec: true,
-    // Only a caller beyond its limit is told of it: three headers in every answer cost as much as the count.
+    // Only a 429 carries these headers: in every response they would cost as much as the count.
     addHeadersOnExceeding: { 'ratelimit-limit': false, 'ratelimit-remaining': false, 'ratelimit-reset': false },
-    // The plugin makes its store itself, and a child for each route: both are the one store.
+    // The plugin constructs its store, and a child for each route. Both are this one store.
     store: class { incr = store.incr; child = store.child },
     keyGenerator
   })

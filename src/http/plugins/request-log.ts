@@ -3,7 +3,7 @@ import type { IncomingMessage } from 'node:http'
 import fp from 'fastify-plugin'
 import type { AccessLine } from '../../log.ts'
 
-/** What a handler adds to the access log: the problem's code, its cause, the event's $insert_id. */
+/** The fields that a handler adds to the access log. `code` and `cause` belong to a problem. */
 export interface LogLine {
   code?: string
   cause?: string
@@ -16,27 +16,27 @@ export interface LogLine {
 declare module 'fastify' {
   interface FastifyReply { logLine: LogLine }
   interface FastifyRequest {
-    /** What `routeOptions` says of the route, asked once: Fastify makes a new object each time. */
+    /** The value of `routeOptions`, read once: Fastify makes a new object on each access. */
     route: FastifyRequest['routeOptions']
-    /** When it began, by performance.now(). */
+    /** When the request began, by performance.now(). */
     since: number
   }
-  /** `quiet`: the route's requests are not logged. */
+  /** `unlogged`: requests of this route are neither logged nor rate limited. */
   interface FastifyContextConfig { unlogged?: boolean }
 }
 
 const instance = randomBytes(8).toString('hex')
 let count = 0
 
-/** The caller's `x-request-id` where it is fit for logs and headers, else a new one. */
+/** Returns the caller's `x-request-id` when it is safe in logs and headers, otherwise a new id. */
 export function requestId ({ headers }: Pick<IncomingMessage, 'headers'>): string {
   const given = headers['x-request-id']
   return typeof given === 'string' && /^[\w.:=@/+-]{1,128}$/.test(given) ? given : `${instance}-${++count}`
 }
 
 /**
- * Gives every request an id, and a log line when its response is ready, even if the client has gone by then. These
- * hooks run for every identity, so they make no promises.
+ * Gives every request an id, and a log line when its response is ready, even when the client has disconnected. These
+ * hooks run for every identity, so they create no promises.
  */
 export const requestLog = fp<{ logRequest: (line: AccessLine) => void }>(async (app, { logRequest }) => {
   app.decorateReply('logLine')

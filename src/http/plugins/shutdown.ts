@@ -5,22 +5,23 @@ import type { Relay } from '../../relay/relay.ts'
 
 declare module 'fastify' {
   interface FastifyInstance {
-    /** From now on not ready, and every answer closes its connection; requests are still served. */
+    /** Makes the relay not ready, and makes every response close its connection. Requests are still served. */
     beginShutdown: () => void
+    /** Returns true after `beginShutdown` or `close`. */
     isShuttingDown: () => boolean
   }
 }
 
-/** How long a connection may still take, once we close, to bring a request that it began before. */
+/** How long a connection may take, after `close`, to complete a request that it has begun. */
 const LAST_REQUEST_MS = 500
 
-/** How long we may take, before we close, to accept the connections that wait, one in a turn of the event loop. */
-const LAST_LOOK_MS = 500
+/** The longest time before `close` to accept pending connections, one in each turn of the event loop. */
+const ACCEPT_MS = 500
 
-/** In so many turns a new connection's request is read and begun. */
+/** The turns of the event loop that read and begin the request of a new connection. */
 const QUIET_TURNS = 3
 
-/** A process ends in two steps: `drain` sends callers elsewhere, `close` refuses those who come all the same. */
+/** Ends the app in two steps: `beginShutdown` sends callers elsewhere, and `close` refuses further identities. */
 export const shutdown = fp<{ relay: Relay }>(async (app, { relay }) => {
   let state: 'serving' | 'draining' | 'closing' = 'serving'
   let timer: NodeJS.Timeout | undefined
@@ -29,7 +30,7 @@ export const shutdown = fp<{ relay: Relay }>(async (app, { relay }) => {
   app.addHook('preClose', async () => {
     await acceptPendingConnections(app.server)
     state = 'closing'
-    // Node waits for every connection, silent and stalled ones included, and once it closes it times none of them out.
+    // A closing server waits for every connection, even a silent or stalled one, and no longer times any of them out.
     let isIdle = false
     timer = setInterval(() => {
       if (isIdle) app.server.closeAllConnections()
@@ -43,11 +44,11 @@ export const shutdown = fp<{ relay: Relay }>(async (app, { relay }) => {
   })
 })
 
-/** Where the process got no time for a while, it is told to close before it has read what came meanwhile. */
+/** Resolves when pending connections are accepted. After a stall, `close` may run before Node has read what came. */
 async function acceptPendingConnections (server: Server): Promise<void> {
   let connections = 0
   server.on('connection', () => connections++)
-  const end = performance.now() + LAST_LOOK_MS
+  const end = performance.now() + ACCEPT_MS
   for (let quiet = 0, before = 0; quiet < QUIET_TURNS && performance.now() < end; before = connections) {
     await setImmediate()
     quiet = connections === before ? quiet + 1 : 0

@@ -11,58 +11,71 @@ import type { Verdict } from '../../identity/verdict.ts'
 import type { Relay } from '../../relay/relay.ts'
 import type { Bodies } from '../body.ts'
 import { checkUtf8, outline, parseJson } from '../json.ts'
-import { MAX_ERRORS, problemBody, problemResponses, type ProblemOptions, type ProblemCode } from '../problem.ts'
+import {
+  MAX_ERRORS, Problem, problemBody, problemResponses, type ProblemCode, type ProblemOptions
+} from '../problem.ts'
 import { asFieldErrors, fieldErrors } from '../validation.ts'
 import { answerQueued, toProblem, BODY_TYPES, identityRoute, Headers, prefersAsync, TOO_LONG } from './responses.ts'
 
 declare module 'fastify' {
   interface FastifyContextConfig {
-    /** The schema of the body for people, where the handler looks at it itself. */
+    /** The schema of the body for the OpenAPI document, when the handler validates the body itself. */
     body?: object
   }
 }
 
-/** Mixpanel's own limit. */
+/** The limit of Mixpanel's `/import`. */
 const MAX_IDENTITIES = 2000
 
 const BODY_LIMIT = 1_048_576
 
-/** Batches leave some of MAX_BYTES_IN_FLIGHT to single identities. */
+/** The rest of MAX_BYTES_IN_FLIGHT is left to single identities. */
 const BODY_SHARE = 0.75
 
-/** What stands around the identities, with a number for each. */
+/** The most characters of the body with a number in the place of each identity. */
 const MAX_OUTLINE = 16_384
 
 const identitiesOf = <T extends object>(items: T) => Type.Object({
-  identities: Type.Array(Type.Unsafe<Identity>(items), { minItems: 1, maxItems: MAX_IDENTITIES })
-}, { additionalProperties: false })
+  identities: Type.Array(Type.Unsafe<Identity>(items), {
+    minItems: 1, maxItems: MAX_IDENTITIES, description: `The identities, at most ${MAX_IDENTITIES}.`
+  })
+}, { additionalProperties: false, title: 'Batch', description: 'The body of a batch.' })
+
+const DESCRIPTION = 'Treats every identity as `POST /identify` does, and gives each a verdict of its own. ' +
+  'The whole request fails only when it is malformed or exceeds a limit.'
 
 /** The body with a number in the place of each identity. */
 const Outline = identitiesOf({})
 
 const Results = Type.Object({
   results: Type.Array(Type.Object({
-    index: Type.Integer(),
-    status: Type.String({ enum: ['accepted', 'queued', 'failed'] }),
-    problem: Type.Optional(Type.Ref('Problem'))
-  }))
+    index: Type.Integer({ description: 'The position in `identities`, from 0.' }),
+    status: Type.String({
+      enum: ['accepted', 'queued', 'failed'],
+      description: 'The verdict. `accepted` and `queued` mean the same as for `POST /identify`.'
+    }),
+    problem: Type.Optional(Problem)
+  }, { title: 'Result', description: 'The verdict on one identity.' }), {
+    description: 'One result for each identity, in the order of the request.'
+  })
 }, {
-  description: 'A verdict for each identity, in their order: 200 where all were accepted, 202 where all are accepted ' +
-    `or queued, else 207. All problems together list at most ${MAX_ERRORS} fields; those beyond have no \`errors\`.`
+  title: 'BatchResult',
+  description: 'The status is 200 when all identities were accepted, 202 when all were accepted or queued, else 207. ' +
+    `All problems together list at most ${MAX_ERRORS} fields; further problems have no \`errors\`.`
 })
 
 interface Options { relay: Relay, config: Pick<Config, 'RATE_LIMIT_MAX'>, bodies: Bodies, nextSlice: Slices }
 
-/** The event of an identity, or what is wrong with it. */
+/** The event of an identity, or its broken rules. */
 type Parsed = PendingEvent | FieldError[]
 
-/** Why a whole batch is refused. */
+/** The problem of a whole batch. */
 type Refusal = ProblemOptions & { code: ProblemCode, headers?: Record<string, number> }
 
-/** What is wrong with an identity, or what became of it, or the bug that it met. */
+/** The broken rules of an identity, its verdict, or the bug that it met. */
 type Outcome = FieldError[] | Verdict | Error
 
-/** `POST /identify/batch`: many identities, and what became of each. */
+/** `POST /identify/batch`: many identities and a verdict for each. */
 export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) => {
   const { relay, config: { RATE_LIMIT_MAX: limit }, bodies, nextSlice } = options
   bodies.accept(app, {
@@ -74,7 +87,9 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
     config: { body: identitiesOf(Identity) } satisfies FastifyContextConfig,
     schema: {
       operationId: 'identifyBatch',
-      summary: 'Up to 2000 identities, a verdict for each',
+      summary: 'Merge many anonymous users',
+      description: DESCRIPTION,
+      tags: ['identities'],
       consumes: BODY_TYPES,
       querystring: Type.Object({}, { additionalProperties: false }),
       headers: Headers,
@@ -108,8 +123,8 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
   })
 
   /**
-   * What each identity of a batch is, or why the batch as a whole is refused. A function of its own: while the events
-   * wait for Mixpanel nothing may hold the body, which is as much memory again.
+   * Returns each identity of a batch as an event or its errors, or the problem of the whole batch. No variable of the
+   * handler may hold the body while the events wait for Mixpanel: it takes as much memory again.
    */
   async function readBatch (request: FastifyRequest): Promise<Parsed[] | Refusal> {
     await nextSlice()
@@ -123,13 +138,13 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
       const detail = `must not have more than ${limit} items, the limit of one caller (RATE_LIMIT_MAX)`
       return { code: 'invalid_request', errors: [{ pointer: '/identities', detail }] }
     }
-    // The request itself has been counted.
+    // The request itself counts as one already.
     const wait = count > 1 ? await app.countIdentities(request, count - 1) : undefined
     if (wait !== undefined) {
       const headers = { 'ratelimit-limit': limit, 'ratelimit-remaining': 0, 'ratelimit-reset': wait }
       return { code: 'too_many_requests', retryAfter: wait, headers }
     }
-    // Nothing is sent before all of the body is known to be JSON.
+    // Nothing is sent until the whole body is known to be JSON.
     const looked: Parsed[] = []
     let room = MAX_ERRORS
     let isAnyObject = false
@@ -141,13 +156,13 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
       if (Array.isArray(one)) room = Math.max(0, room - one.length)
     }
     if (isAnyObject) return looked
-    // None of these is an identity, and an answer with a problem for each would be a hundred times as long.
+    // A response with a problem for each of these would be a hundred times as long as the request.
     const named = looked.slice(0, MAX_ERRORS)
       .map((_, index) => ({ pointer: `/identities/${index}`, detail: MUST_BE_OBJECT }))
     return { code: 'invalid_request', errors: named }
   }
 
-  /** The event of an identity, or what is wrong with it, its pointers relative to it. Throws where it is no JSON. */
+  /** Returns the event of an identity, or its errors with pointers relative to it. Throws when it is not JSON. */
   function readIdentity (request: FastifyRequest, body: Buffer, start: number, end: number): Parsed {
     if (end - start > MAX_IDENTITY_BYTES) return [TOO_LONG]
     const identity = parseJson(body, start, end)
@@ -166,7 +181,7 @@ const NO_BYTES = Buffer.alloc(0)
 const MUST_BE_OBJECT = 'must be object'
 const NOT_AN_OBJECT: FieldError[] = [{ pointer: '', detail: MUST_BE_OBJECT }]
 
-/** Where the identities of a body stand, or what is wrong with all of it. Throws a BodyError where it is no JSON. */
+/** Returns the bounds of each identity in a body, or the errors of the body. Throws a BodyError when it is not JSON. */
 function locateIdentities (
   request: FastifyRequest, body: Buffer
 ): { errors: FieldError[] } | { count: number, bounds: number[] } {
@@ -182,16 +197,16 @@ function locateIdentities (
   if (surplus.length > 0) return { errors: surplus }
   const validate = request.compileValidationSchema(Outline)
   if (!validate(outer)) return { errors: asFieldErrors(validate.errors) }
-  // Of two lists of one name JSON.parse takes the last.
+  // JSON.parse takes the last of two lists that have one name.
   const numbers = (outer as { identities: unknown[] }).identities as number[]
   return { count: numbers.length, bounds: numbers.flatMap(at => found.bounds.slice(2 * at, 2 * at + 2)) }
 }
 
-/** The problem of an identity that is neither accepted nor queued. */
+/** Returns the problem of an identity that is neither accepted nor queued. */
 function problemOf (outcome: Outcome): [code: ProblemCode, extras: ProblemOptions] {
   if (outcome instanceof Error) return ['internal', {}]
   if (!Array.isArray(outcome)) return toProblem(outcome as Parameters<typeof toProblem>[0])
   return ['invalid_request', outcome.length > 0 ? { errors: outcome } : { detail: UNLISTED }]
 }
 
-const UNLISTED = `A rule is broken. This answer names ${MAX_ERRORS} broken fields already, and no more.`
+const UNLISTED = `The identity breaks a rule. This response lists ${MAX_ERRORS} fields already, and no more.`

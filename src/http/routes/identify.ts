@@ -14,17 +14,25 @@ const Flag = (description: string) =>
   Type.Optional(Type.Unsafe<'0' | '1'>({ type: 'string', enum: ['0', '1'], description }))
 
 const Query = Type.Object({
-  strict: Flag('`1`: Mixpanel validates the event, and its words come back.'),
-  dry_run: Flag('`1`: answers the event that would be sent, its token masked, and sends nothing.')
+  strict: Flag('`1`: Mixpanel validates the event, and a 422 carries its reason.'),
+  dry_run: Flag('`1`: respond with the event that would be sent, its token masked, and send nothing.')
 }, { additionalProperties: false })
 
-const MEANING = 'Mixpanel accepted the event, which does not mean that it has merged or will merge the two ids.'
+const DESCRIPTION = 'Sends one `$identify` event. `anon_id` becomes another id of the user `identified_id`. ' +
+  'Mixpanel cannot undo a merge, and the first merge of an anonymous id wins. Repeating a request is safe.'
 
-const Accepted = Type.Object({ status: Type.Literal('accepted') })
+const MEANING = 'Mixpanel accepted the event. This does not mean that it merged the two ids, or will.'
 
-const Queued = Type.Object({ status: Type.Literal('queued') }, {
-  description: 'It is on disk in the outbox, and will be sent until Mixpanel takes it or refuses it. ' +
-    'Only where OUTBOX is not off.'
+const Accepted = Type.Object({
+  status: Type.Literal('accepted', { description: 'Mixpanel accepted the event.' })
+}, { title: 'Accepted', description: MEANING })
+
+const Queued = Type.Object({
+  status: Type.Literal('queued', { description: 'The outbox has stored the event.' })
+}, {
+  title: 'Queued',
+  description: 'The outbox has stored the event, and sends it until Mixpanel accepts or refuses it. ' +
+    'Only while OUTBOX is not `off`.'
 })
 
 /** The response to nearly every request, as Fastify would write it. */
@@ -35,18 +43,21 @@ const sendAccepted = (reply: FastifyReply) => reply.header('content-type', JSON_
 const forgetBody = (request: FastifyRequest) => { request.body = undefined }
 
 const Preview = Type.Object({
-  event: Type.Literal('$identify'), properties: Type.Record(Type.String(), Type.Unknown())
-}, { description: 'With dry_run=1: the event that would be sent.' })
+  event: Type.Literal('$identify', { description: 'The name of the event.' }),
+  properties: Type.Record(Type.String(), Type.Unknown(), {
+    description: 'The properties of the event. The token is masked.'
+  })
+}, { title: 'Preview', description: 'With `dry_run=1`: the event that would be sent.' })
 
-/** A caller's own body is worth a look at so many fields: that takes a millisecond. */
-const MAX_NAMED_FIELDS = 1000
+/** The most fields that are validated: a thousand take a millisecond. */
+const MAX_VALIDATED_FIELDS = 1000
 
-/** Room for white space; what is longer is not read to its end. */
+/** Leaves room for white space. A longer body is not read to its end. */
 const BODY_LIMIT = 2 * MAX_IDENTITY_BYTES
 
 interface Options { relay: Relay, bodies: Bodies, nextSlice: Slices }
 
-/** `POST /identify`: one identity, and what became of it. */
+/** `POST /identify`: one identity and its verdict. */
 export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay, bodies, nextSlice }) => {
   bodies.accept(app, {
     types: BODY_TYPES, limit: BODY_LIMIT, share: 1, parse: parseAsJson(MAX_IDENTITY_BYTES, nextSlice)
@@ -55,13 +66,15 @@ export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay,
   app.post('/identify', {
     ...identityRoute,
     preValidation ({ body }, reply, done) {
-      const errors = checkSize(body, MAX_NAMED_FIELDS)
+      const errors = checkSize(body, MAX_VALIDATED_FIELDS)
       if (errors.length > 0) reply.problem('invalid_request', { errors })
       else done()
     },
     schema: {
       operationId: 'identify',
-      summary: 'Tell Mixpanel that an anonymous user is this user',
+      summary: 'Merge an anonymous user into a known one',
+      description: DESCRIPTION,
+      tags: ['identities'],
       consumes: BODY_TYPES,
       body: Identity,
       querystring: Query,
@@ -77,7 +90,7 @@ export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay,
     }
     const event = relay.toEvent(request.body)
     if (isTooLarge(event)) return reply.problem('invalid_request', { errors: [TOO_LONG] })
-    // Not needed any more. While the event waits for Mixpanel it would hold as much memory again.
+    // The body would take as much memory again while the event waits for Mixpanel.
     forgetBody(request)
     if (request.query.dry_run === '1') return reply.send(relay.preview(event))
     reply.logLine.insert_id = event.insertId
