@@ -17,7 +17,7 @@ const mistakes = (env: Record<string, string | undefined>, files = {}) => {
   }
 }
 
-t.test('the defaults', async t => {
+t.test('the defaults are those of the documentation', async t => {
   const config = read({ ...good, PORT: '', CORS_ORIGINS: '', MIXPANEL_URL: '' })
   t.match(config, {
     MIXPANEL_TOKEN: 'CANARY-SECRET',
@@ -43,7 +43,7 @@ t.test('the defaults', async t => {
   t.notOk('MIXPANEL_URL' in config)
 })
 
-t.test('lists, numbers, flags, files', async t => {
+t.test('lists, numbers, flags and secret files are read', async t => {
   t.match(read({ ...good, CORS_ORIGINS: ' https://a.example , http://localhost:3000', TRUST_PROXY: '10.0.0.0/8,::1,2001:db8::/32' }), {
     CORS_ORIGINS: ['https://a.example', 'http://localhost:3000'], TRUST_PROXY: ['10.0.0.0/8', '::1', '2001:db8::/32']
   })
@@ -54,7 +54,7 @@ t.test('lists, numbers, flags, files', async t => {
   for (const host of ['0.0.0.0', '::', '10.0.0.1', '127.evil.test', 'example.com']) t.notOk(isLoopback(host))
 })
 
-t.test('every mistake is one sentence, all of them at once, and no value is told', async t => {
+t.test('each mistake is one sentence that shows no value', async t => {
   const rows: [env: Record<string, string>, sentence: RegExp][] = [
     [{ MIXPANEL_TOKEN: '' }, /^MIXPANEL_TOKEN is required\.$/],
     [{ MIXPANEL_TOKEN: 'two words' }, /^MIXPANEL_TOKEN must be a project token/],
@@ -77,8 +77,8 @@ t.test('every mistake is one sentence, all of them at once, and no value is told
     [{ HOST: '::' }, /^HOST is not a loopback address/],
     [{ ALLOW_ANONYMOUS: 'yes' }, /^ALLOW_ANONYMOUS must be true or false\.$/],
     [{ LOG_LEVEL: 'loud' }, /^LOG_LEVEL must be one of/],
-    ...['true', '1', '0.0.0.0/0', '::/0', '::ffff:10.0.0.0/104', '0::ffff:a00:0/97', '10.0.0.0/33', '10.0.0.0/8/8', '10.0.0', 'proxy', '10.0.0.0/'].map(range => [{ TRUST_PROXY: range }, /^TRUST_PROXY must be a comma list/] as [Record<string, string>, RegExp]),
-    ...['*', 'null', 'app.example.com', 'https://app.example.com/', 'https://App.example.com', 'https://a.example:443', 'https://*.example.com', 'https://a.example/x'].map(origin => [{ CORS_ORIGINS: origin }, /^CORS_ORIGINS must be a comma list/] as [Record<string, string>, RegExp]),
+    ...['true', '1', '0.0.0.0/0', '::/0', '::ffff:10.0.0.0/104', '0::ffff:a00:0/97', '10.0.0.0/33', '10.0.0.0/8/8', '10.0.0', 'proxy', '10.0.0.0/'].map(range => [{ TRUST_PROXY: range }, /^TRUST_PROXY must be a comma-separated list/] as [Record<string, string>, RegExp]),
+    ...['*', 'null', 'app.example.com', 'https://app.example.com/', 'https://App.example.com', 'https://a.example:443', 'https://*.example.com', 'https://a.example/x'].map(origin => [{ CORS_ORIGINS: origin }, /^CORS_ORIGINS must be a comma-separated list/] as [Record<string, string>, RegExp]),
     ...['memory', 'file:', 'File:/x', 'redis://x'].map(outbox => [{ OUTBOX: outbox }, /^OUTBOX must be off, redis or file:<directory>\.$/] as [Record<string, string>, RegExp]),
     [{ OUTBOX: 'redis' }, /^OUTBOX=redis needs REDIS_URL\.$/],
     ...['localhost:6379', 'http://x', 'redis://', 'redis://x:99999', 'redis://x y', 'redis://:%ff@x', 'redis://:%@x'].map(url => [{ REDIS_URL: url }, /^REDIS_URL must be a redis:\/\/ or rediss:\/\/ URL\.$/] as [Record<string, string>, RegExp]),

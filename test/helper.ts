@@ -1,10 +1,11 @@
 import { randomUUID } from 'node:crypto'
-import { spawn, spawnSync, type ChildProcess } from 'node:child_process'
+import { spawn, spawnSync } from 'node:child_process'
 import { once } from 'node:events'
 import { mkdtempSync, rmSync } from 'node:fs'
-import { connect, createServer, type AddressInfo } from 'node:net'
+import { createServer, type AddressInfo } from 'node:net'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
 import type { Test } from 'tap'
 import { buildApp } from '../src/http/app.ts'
 import { readConfig } from '../src/config.ts'
@@ -18,28 +19,35 @@ import { createRelay } from '../src/relay/relay.ts'
 import { createSandbox } from '../src/sandbox/app.ts'
 
 export type Env = Record<string, string>
+export type Relay = Awaited<ReturnType<typeof startRelay>>
+type SandboxOptions = NonNullable<Parameters<typeof createSandbox>[0]>
 
 /** No log line, answer or error of any test may hold it, in any of the forms in which it travels. */
 export const TOKEN = 'CANARY+4f1d/9c'
 const CANARIES = [TOKEN, encodeURIComponent(TOKEN), Buffer.from(`${TOKEN}:`).toString('base64'), 'CANARY-SECRET']
 
-/** The canary's forms that `text` holds: none, or there is a leak. */
+/** The forms of the canary that `text` holds; one is a leak. */
 export const leaks = (text: string) => CANARIES.filter(canary => text.includes(canary))
+
+/** A logger that logs nothing. */
+export const silent = { debug () {}, info () {}, warn () {}, error () {} }
 
 /** A fresh valid body; `given` replaces fields, and an undefined one leaves its field out. */
 export const identity = (given: Record<string, unknown> = {}) =>
   ({ identified_id: `user-${randomUUID()}`, anon_id: randomUUID() as string, ...given })
 
-export async function startSandbox (t: Test, options: Parameters<typeof createSandbox>[0] = {}) {
+export async function startSandbox (t: Test, options: SandboxOptions = {}) {
   const sandbox = createSandbox({ token: TOKEN, ...options })
   const url = await sandbox.app.listen({ host: '127.0.0.1', port: 0 })
   t.teardown(() => sandbox.app.close())
   return { ...sandbox, url }
 }
 
-/** The relay in this process before a sandbox: whatever it logs or answers is searched for the token. */
-export async function startRelay (t: Test, env: Env = {}, options: Parameters<typeof createSandbox>[0] = {}, redis?: Redis) {
-  const sandbox = await startSandbox(t, options)
+interface RelayOptions { env?: Env, sandbox?: SandboxOptions, redis?: Redis }
+
+/** The relay in this process in front of a sandbox. Its log lines and answers are searched for the token. */
+export async function startRelay (t: Test, { env = {}, sandbox: sandboxOptions = {}, redis }: RelayOptions = {}) {
+  const sandbox = await startSandbox(t, sandboxOptions)
   const config = readConfig({
     MIXPANEL_TOKEN: TOKEN, MIXPANEL_URL: sandbox.url, PORT: '0', RATE_LIMIT_MAX: '1000000', LOG_LEVEL: 'debug', ...env
   }, () => '')
@@ -81,40 +89,42 @@ export async function startRelay (t: Test, env: Env = {}, options: Parameters<ty
   }
 }
 
-/** A built program of ours as a real process: what it printed so far, its exit, and a wait for some words. It must not break. */
-export function startProcess (t: Test, script: string, args: string[] = [], env: Env = {}, { mayBreak = false } = {}) {
-  // Of tap's loaders the program needs none; of its environment what makes coverage work.
-  const loaders = process.execArgv.filter(argument => /processinfo/.test(argument))
-  const tap = Object.fromEntries(Object.entries(process.env).filter(([name]) => /^_?TAP|^NODE_|^PATH$/.test(name)))
-  const child: ChildProcess = spawn(process.execPath, [...loaders, script, ...args], { env: { ...tap as Env, ...env } })
-  let output = ''
-  for (const stream of [child.stdout, child.stderr]) stream?.on('data', chunk => { output += String(chunk) })
-  const exit = new Promise<number | null>(resolve => child.once('close', code => {
-    // An unhandled rejection, or any other bug outside of requests.
-    if (/"level":60|unhandledRejection|uncaughtException/.test(output) && !mayBreak) t.fail(`the process broke: ${output.slice(-2000)}`)
-    resolve(code)
-  }))
-  t.teardown(() => { child.kill('SIGKILL') })
+/** The same relay with a SQLite outbox. */
+export const startRelayWithOutbox = (t: Test, { env = {}, ...options }: RelayOptions = {}) =>
+  startRelay(t, { env: { OUTBOX: `file:${t.testdir({})}/outbox`, ...env }, ...options })
 
-  async function until (words: RegExp): Promise<RegExpExecArray> {
-    for (;;) {
-      const found = words.exec(output)
-      if (found !== null) return found
-      if (child.exitCode !== null) throw new Error(`exited before it said ${words}: ${output}`)
-      await new Promise(resolve => setTimeout(resolve, 20))
-    }
-  }
-  return { child, exit, until, output: () => output }
+/** Resolves when nothing waits in the outbox. */
+export async function emptied ({ outbox }: Relay): Promise<void> {
+  while (outbox.counts().waiting > 0) await sleep(20)
 }
 
-/** A new directory with a short path: that of a socket has a limit. */
+interface Parts { connections: number, bytes_in_flight: number }
+
+/** The same relay, listening on a port of its own. `parts` is what `/readyz?verbose` says. */
+export async function listen (t: Test, options: RelayOptions = {}) {
+  const relay = await startRelay(t, options)
+  const url = await relay.app.listen({ host: '127.0.0.1', port: 0 })
+  const parts = async () => (await relay.inject({ url: '/readyz?verbose' })).json().parts as Parts
+  return { ...relay, url, port: Number(new URL(url).port), parts }
+}
+
+/** Replaces performance.now for a test, or until the returned function is called. `t.capture` would take a stack trace of each call. */
+export function setPerformanceNow (t: Test, now: () => number): () => void {
+  const { now: real } = performance
+  const restore = () => { performance.now = real }
+  performance.now = now
+  t.teardown(restore)
+  return restore
+}
+
+/** A new directory with a short path, because the path of a socket has a limit. */
 export function temporary (t: Test): string {
   const path = mkdtempSync(join(tmpdir(), 'relay-'))
   t.teardown(() => rmSync(path, { recursive: true, force: true }))
   return path
 }
 
-/** For tests that need a Redis: they say so, and are skipped, where it is not installed. */
+/** The options of a test that needs Redis: without redis-server it is skipped, with the reason. */
 export const needsRedis = { skip: spawnSync('redis-server', ['--version']).status === 0 ? false : 'redis-server is not installed' }
 
 /** A Redis of the test's own. */
@@ -136,16 +146,4 @@ export async function freePort (): Promise<number> {
   const { port } = server.address() as AddressInfo
   await new Promise(resolve => server.close(resolve))
   return port
-}
-
-/** Sends raw bytes; resolves with all that came back until the other side closed, or until `ms` have passed. */
-export function exchange (port: number, bytes: string | Buffer, ms = 1000): Promise<string> {
-  return new Promise(resolve => {
-    let received = ''
-    const socket = connect(port, '127.0.0.1', () => socket.write(bytes))
-    const timer = setTimeout(() => socket.destroy(), ms)
-    socket.on('data', chunk => { received += String(chunk) })
-    socket.on('error', () => {})
-    socket.on('close', () => { clearTimeout(timer); resolve(received) })
-  })
 }

@@ -2,10 +2,10 @@ import { randomUUID } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Call } from './delivery-check.ts'
 
-/** `async` is the share of those who prefer not to wait. */
+/** `async` is the share of requests with `Prefer: respond-async`. */
 interface Options { async?: number, pauseMs?: number }
 
-/** Callers who record what they were told, in the order in which they were told it. `url` may change as they go on. */
+/** Callers that record their answers in order. `url` may change while they run. */
 export function createCallers (url: () => string, { async: share = 0, pauseMs = 0 }: Options = {}) {
   const calls: Call[] = []
   const times: number[] = []
@@ -25,18 +25,18 @@ export function createCallers (url: () => string, { async: share = 0, pauseMs = 
       times.push(performance.now() - since)
       await answer.arrayBuffer()
     } catch {
-      // The relay is gone, or went away before it answered: he does not know.
+      // The relay ended before it answered: the outcome is unknown.
     }
     calls.push(one)
     return one.status
   }
 
   async function writer ({ signal }: AbortController): Promise<void> {
-    let mine: string | undefined
+    let previous: string | undefined
     while (!signal.aborted) {
-      const anon = mine !== undefined && Math.random() < 0.1 ? mine : randomUUID()
+      const anon = previous !== undefined && Math.random() < 0.1 ? previous : randomUUID()
       const status = await call(anon)
-      mine = status === 200 || status === 202 ? anon : undefined
+      previous = status === 200 || status === 202 ? anon : undefined
       if (status === undefined) await sleep(20)
       if (pauseMs > 0) await sleep(pauseMs)
     }
@@ -44,10 +44,10 @@ export function createCallers (url: () => string, { async: share = 0, pauseMs = 
 
   return {
     calls,
-    /** How long each answer took, in ms. */
+    /** The time to each answer, in ms. */
     times,
     call,
-    /** Some callers, each of whom sends one after the other; now and then one claims an id of his again, as another user. */
+    /** Starts callers with one request at a time each. One in ten reuses its last anonymous id, for another user. */
     start (count: number): void {
       end = new AbortController()
       running = Promise.all(Array.from({ length: count }, () => writer(end)))
@@ -56,7 +56,7 @@ export function createCallers (url: () => string, { async: share = 0, pauseMs = 
       end.abort()
       await running
     },
-    /** How many were told what; 'unknown' where there was no answer. */
-    told: () => calls.reduce<Record<string, number>>((told, { status = 'unknown' }) => ({ ...told, [status]: (told[status] ?? 0) + 1 }), {})
+    /** The number of answers of each status; 'unknown' where there was none. */
+    statuses: () => calls.reduce<Record<string, number>>((counts, { status = 'unknown' }) => ({ ...counts, [status]: (counts[status] ?? 0) + 1 }), {})
   }
 }

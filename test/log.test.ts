@@ -1,10 +1,11 @@
 import { closeSync, openSync, readFileSync, writeFileSync } from 'node:fs'
+import { connect } from 'node:net'
 import { join } from 'node:path'
 import { Writable } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { t, type Test } from 'tap'
+import { t } from 'tap'
 import { createDestination, fileSink, streamSink, throttledError, type Sink } from '../src/log.ts'
-import { temporary } from './helper.ts'
+import { identity, listen, startRelay, temporary } from './helper.ts'
 
 /** A sink that a test stalls and breaks. */
 function createSink () {
@@ -28,7 +29,58 @@ function createSink () {
 const line = (index: number) => `{"index":${index},"text":"${'x'.repeat(1000)}"}\n`
 const lines = (text: string) => text.split('\n').slice(0, -1).map(one => JSON.parse(one))
 
-t.test('lines are gathered, and none is missing at the end', async t => {
+t.test('a request has one log line, without ids, query or secrets, and a health check has none', async t => {
+  const { post, inject, logged, lines } = await startRelay(t)
+  await post(identity({ identified_id: 'alice@example.com' }), { query: '?strict=1&secret=CANARY' })
+  await post(identity({ identified_id: 'alice@example.com' }), { query: '?strict=0' })
+  await inject({ url: '/livez' })
+  await inject({ url: '/readyz?verbose' })
+  await inject({ url: '/nope?secret=CANARY' })
+  t.match(logged().filter(line => line.level === 30), [
+    { msg: 'request completed', method: 'POST', route: '/identify', status: 400, code: 'invalid_request', ms: Number, caller: 'anonymous' },
+    { msg: 'request completed', method: 'POST', route: '/identify', status: 200, request_id: String, insert_id: String },
+    { msg: 'request completed', method: 'GET', route: null, status: 404, code: 'not_found' }
+  ])
+  t.notMatch(lines.join(''), /alice|CANARY|secret/)
+})
+
+t.test('a caller\'s request id is kept if it is safe in a log', async t => {
+  const { post, logged } = await startRelay(t)
+  for (const id of ['abc-123', 'x'.repeat(128), 'Root=1-67891233-abcdef012345678912345678']) {
+    const answer = await post(identity(), { headers: { 'x-request-id': id } })
+    t.equal(answer.headers['x-request-id'], id)
+    t.equal(logged().at(-1)?.request_id, id)
+  }
+  for (const id of ['', 'x'.repeat(129), 'a b', '<script>', 'a"b', 'é']) {
+    const answer = await post({}, { headers: { 'x-request-id': id } })
+    t.match(answer.headers['x-request-id'], /^[0-9a-f]{16}-\d+$/)
+    t.equal(answer.json().request_id, answer.headers['x-request-id'])
+  }
+})
+
+t.test('a request whose client resets the connection is logged', async t => {
+  const { port, inject, logged } = await listen(t)
+  await new Promise<void>(resolve => {
+    const socket = connect(port, '127.0.0.1', () => {
+      socket.write('POST /identify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{')
+      setTimeout(() => { socket.resetAndDestroy(); resolve() }, 50)
+    })
+  })
+  await sleep(100)
+  t.equal((await inject({ url: '/livez' })).statusCode, 200)
+  t.equal(logged().filter(line => line.route === '/identify').length, 1, 'the request has its log line')
+})
+
+t.test('an exception in a route is a 500 that does not show its message', async t => {
+  const { app, inject, logged } = await startRelay(t)
+  app.get('/bug', async () => { throw new Error('the inside') })
+  const answer = await inject({ url: '/bug' })
+  t.match(answer.json(), { status: 500, code: 'internal', retryable: false })
+  t.notMatch(answer.body, /the inside/)
+  t.match(logged().find(line => line.msg === 'unhandled error'), { level: 50, err: { message: 'the inside' }, request_id: answer.json().request_id })
+})
+
+t.test('the destination writes many lines at once, and flush writes the rest', async t => {
   const { sink, state } = createSink()
   const { write, flush } = createDestination(sink)
   write(line(0))
@@ -41,23 +93,23 @@ t.test('lines are gathered, and none is missing at the end', async t => {
   t.same(lines(state.text).map(({ index }) => index), Array.from({ length: 101 }, (_, index) => index))
 })
 
-t.test('a reader that stalls: lines beyond a megabyte are dropped, counted, and their count is logged', async t => {
+t.test('while its reader stalls the destination drops lines beyond 1 MiB and logs their count', async t => {
   const { sink, state, release } = createSink()
   const { write, flush } = createDestination(sink)
   state.isStalled = true
   for (let index = 0; index < 10_000; index++) write(line(index))
-  t.ok(sink.waiting() <= 1_048_576)
-  t.ok(sink.waiting() > 1_000_000 - 33_000)
+  t.ok(sink.waiting() <= 1_048_576, 'at most 1 MiB waits')
+  t.ok(sink.waiting() > 1_000_000 - 33_000, 'nearly 1 MiB waits')
   release()
-  const kept = lines(state.text)
-  const { dropped } = kept.find(one => 'dropped' in one)
+  const written = lines(state.text)
+  const { dropped } = written.find(one => 'dropped' in one)
   write(line(10_000))
   flush()
-  t.match(kept.find(one => 'dropped' in one), { level: 40, time: Number, msg: 'log lines dropped' })
-  t.equal(lines(state.text).filter(one => 'index' in one).length + dropped, 10_001, 'what is not there is counted')
+  t.match(written.find(one => 'dropped' in one), { level: 40, time: Number, msg: 'log lines dropped' })
+  t.equal(lines(state.text).filter(one => 'index' in one).length + dropped, 10_001, 'each line is written or counted')
 })
 
-t.test('a sink that fails: what it lost is counted, and it is tried again', async t => {
+t.test('after a failed write the destination counts the lost lines and tries again', async t => {
   const { sink, state } = createSink()
   const { write, flush } = createDestination(sink)
   state.isBroken = true
@@ -71,7 +123,7 @@ t.test('a sink that fails: what it lost is counted, and it is tried again', asyn
   t.match(lines(state.text), [{ index: 100 }, { dropped: 100, msg: 'log lines dropped' }])
 })
 
-t.test('the count of what is lost is lost neither', async t => {
+t.test('the count of dropped lines is logged again if it could not be written', async t => {
   const texts: string[] = []
   const results = [new Error('ENOSPC'), null, new Error('ENOSPC'), null, null]
   const { write } = createDestination({ waiting: () => 0, writeNow () {}, write (text, done) { texts.push(text); done(results.shift()) } })
@@ -82,7 +134,7 @@ t.test('the count of what is lost is lost neither', async t => {
   t.match(texts.map(text => JSON.parse(text)), [{ index: 0 }, { index: 1 }, { dropped: 1 }, { index: 2 }, { dropped: 1 }])
 })
 
-t.test('a file: in order, in spite of errors', async t => {
+t.test('fileSink writes in order and reports each error', async t => {
   const path = join(temporary(t), 'log')
   writeFileSync(path, '')
   const fd = openSync(path, 'a')
@@ -101,7 +153,7 @@ t.test('a file: in order, in spite of errors', async t => {
   closeSync(full)
 })
 
-t.test('a stream whose reader is gone ends nothing', async t => {
+t.test('streamSink survives a stream whose reader has gone', async t => {
   const stream = new Writable({ write: (chunk, encoding, done) => done(new Error('EPIPE')) })
   const sink = streamSink(stream)
   t.match(await new Promise(resolve => sink.write('a', resolve)), { message: 'EPIPE' })
@@ -109,11 +161,11 @@ t.test('a stream whose reader is gone ends nothing', async t => {
   t.equal(sink.waiting(), 0)
 })
 
-t.test('what happens to many is said once in a while', async (t: Test) => {
-  const said: string[] = []
-  const say = throttledError((what, message) => { said.push(message) }, 50)
-  for (const message of ['a', 'b']) say({}, message)
+t.test('throttledError logs at most once in its interval', async t => {
+  const logged: string[] = []
+  const logError = throttledError((what, message) => { logged.push(message) }, 50)
+  for (const message of ['a', 'b']) logError({}, message)
   await sleep(60)
-  say({}, 'c')
-  t.same(said, ['a', 'c'])
+  logError({}, 'c')
+  t.same(logged, ['a', 'c'])
 })

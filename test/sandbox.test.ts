@@ -32,7 +32,7 @@ async function start (t: Parameters<typeof startSandbox>[0], options: Parameters
   }
 }
 
-t.test('conformance: what is answered, and what becomes of it', async t => {
+t.test('/track answers and merges as Mixpanel does', async t => {
   const { track, ledger } = await start(t)
   const rows: [identified: string, anon: string, outcome: string | undefined, more?: Record<string, unknown>, error?: string][] = [
     ['u1', UUID, 'merged'],
@@ -65,7 +65,7 @@ t.test('conformance: what is answered, and what becomes of it', async t => {
   t.equal((await track(pair('u9', randomUUID(), { token: '' }), '')).body, '0')
 })
 
-t.test('a cluster has a limit, and a merge joins clusters for good', async t => {
+t.test('a cluster has a limit, and a merge cannot be undone', async t => {
   const { track, outcomes } = await start(t, { clusterMax: 3 })
   const [one, two, three] = [randomUUID(), randomUUID(), randomUUID()]
   for (const [identified, anon] of [['u', one], ['u', two], ['u', three], ['v', three], [one, 'x-1-2-3-4'], ['u', 'y-1-2-3-4'], [two, one]] as const) {
@@ -84,7 +84,7 @@ t.test('a cluster has a limit, and a merge joins clusters for good', async t => 
   t.same(circle.outcomes(), ['merged', 'merged'], 'two that are one already')
 })
 
-t.test('modes, formats, regions, other events', async t => {
+t.test('id management modes, anonymous id formats, regions and other events have their outcomes', async t => {
   const other = ['u', '13bbf7943e584-0885c2531-5c793977-3e8000-13bbf7943e64cf'] as const
   const simplified = await start(t, { mode: 'simplified' })
   t.equal((await simplified.track(pair('u', UUID))).json().status, 1)
@@ -105,7 +105,7 @@ t.test('modes, formats, regions, other events', async t => {
   t.equal(String(strict.ledger.rows().at(-1)?.properties.distinct_id).length, 255, 'strings are cut')
 })
 
-t.test('/track: forms of the body and parameters', async t => {
+t.test('/track takes every form of the body, and its parameters', async t => {
   const { track, send, ledger } = await start(t)
   const base64 = (value: unknown) => Buffer.from(JSON.stringify(value)).toString('base64')
   t.equal((await track(base64(pair('u?>~', UUID)))).json().status, 1)
@@ -128,7 +128,7 @@ t.test('/track: forms of the body and parameters', async t => {
   t.equal((await send('/track', { method: 'POST', body: 'x'.repeat(10 * 1024 * 1024 + 1) })).status, 413)
 })
 
-t.test('/track: an array with good and bad ones', async t => {
+t.test('/track stores the valid events of an array', async t => {
   const mixed = [pair('u1', randomUUID()), pair('u2', randomUUID(), { token: '' })]
   const all = await start(t)
   t.equal((await all.track(mixed, '')).body, '0')
@@ -144,7 +144,7 @@ t.test('/track: an array with good and bad ones', async t => {
   t.match(json(), { num_records_imported: 1, failed_records: [{ index: 1, insert_id: 'i-1', field: 'properties.time', message: /must not be missing/ }] })
 })
 
-t.test('/import: credentials, forms, answers', async t => {
+t.test('/import checks credentials and answers as Mixpanel does', async t => {
   const sandbox = await start(t, { serviceAccounts: ['robot:secret'], projectId: '7' })
   const good = event({ time: now(), distinct_id: 'u', $insert_id: 'i-1', $identified_id: 'u', $anon_id: UUID })
   t.same((await sandbox.import([good])).json(), { code: 200, num_records_imported: 1, status: 'OK' })
@@ -192,7 +192,7 @@ t.test('strict validation names the field', async t => {
   t.equal(failedRecords([{ event: 'x' }], at)[0]?.field, 'properties.time')
 })
 
-t.test('the other paths', async t => {
+t.test('other paths, methods and the sandbox\'s own routes have their answers', async t => {
   const { send, faults, ledger, track } = await start(t)
   t.match((await send('/')).json(), { error: /^Welcome/ })
   t.equal((await send('/nope')).status, 404)

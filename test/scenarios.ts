@@ -7,37 +7,11 @@ import type { Test } from 'tap'
 import { Pool } from 'undici'
 import { FAULTS, LATE_FAULTS, type Fault } from '../src/sandbox/faults.ts'
 import { createCallers } from './load.ts'
-import { startProcess, startSandbox, temporary, TOKEN, type Env } from './helper.ts'
+import { startSandbox, temporary, TOKEN, type Env } from './helper.ts'
 import { violations } from './delivery-check.ts'
+import { SERVER, startProcess, startServer } from './processes.ts'
 
-export const SERVER = 'dist/server.js'
-
-/** The built relay as a process before a sandbox. */
-export async function startServer (t: Test, sandboxUrl: string, env: Env = {}) {
-  const server = startProcess(t, SERVER, [], {
-    MIXPANEL_TOKEN: TOKEN, MIXPANEL_URL: sandboxUrl, PORT: '0', RATE_LIMIT_MAX: '1000000000', ...env
-  })
-  const [, url] = await server.until(/Server listening at (http:[^"]+)"/)
-  const parts = async () => (await (await fetch(`${url}/readyz?verbose`)).json() as { parts: Parts }).parts
-
-  return {
-    ...server,
-    url: url as string,
-    parts,
-    /** Resolves when nothing waits in the outbox. */
-    async drained (): Promise<void> {
-      while ((await parts()).outbox.waiting > 0) await sleep(50)
-    },
-    async kill (signal: NodeJS.Signals = 'SIGKILL'): Promise<number | null> {
-      server.child.kill(signal)
-      return server.exit
-    }
-  }
-}
-
-interface Parts { waiting: number, outbox: { waiting: number, dead: number }, mixpanel: string }
-
-/** The relay is killed again and again while many write into its outbox; Mixpanel is out of reach, or comes and goes. */
+/** Kills the relay repeatedly while callers fill its outbox. Mixpanel is unreachable, or with `isFlapping` comes and goes. */
 export async function killed (t: Test, { rounds, writers, isFlapping = false, env = {} as Env }: { rounds: number, writers: number, isFlapping?: boolean, env?: Env }) {
   const sandbox = await startSandbox(t)
   const outage = { name: 'edge_down' as const, times: 1_000_000 }
@@ -50,7 +24,10 @@ export async function killed (t: Test, { rounds, writers, isFlapping = false, en
     const server = await startServer(t, sandbox.url, settings)
     url = server.url
     callers.start(writers)
+    const before = callers.calls.length
     await sleep(100 + Math.random() * 500)
+    // On a busy machine the first answers take longer.
+    while (callers.calls.length < before + writers) await sleep(10)
     if (isFlapping) {
       sandbox.faults.clear()
       await sleep(Math.random() * 300)
@@ -64,19 +41,19 @@ export async function killed (t: Test, { rounds, writers, isFlapping = false, en
   }
   sandbox.faults.clear()
   const server = await startServer(t, sandbox.url, settings)
-  await server.drained()
+  await server.emptied()
   const exit = await server.kill('SIGTERM')
-  return { told: callers.told(), exit, broken: violations(callers.calls, sandbox.ledger.rows(), { repeats: kills * (400 + writers) }) }
+  return { statuses: callers.statuses(), exit, found: violations(callers.calls, sandbox.ledger.rows(), { repeats: kills * (400 + writers) }) }
 }
 
-/** The identified ids of the dead letters, as an operator sees them. */
+/** The identified ids of the dead letters, from `outbox dead`. */
 async function deadLetters (t: Test, env: Env): Promise<string[]> {
   const { exit, output } = startProcess(t, SERVER, ['outbox', 'dead'], env)
   t.equal(await exit, 0)
   return output().split('\n').slice(0, -1).map(line => JSON.parse(line).identified_id)
 }
 
-/** Many callers meet every fault in turn, with an outbox behind them; then Mixpanel is well again. */
+/** Callers meet every fault in turn, with an outbox; then Mixpanel recovers. */
 export async function everyFault (t: Test, { requests }: { requests: number }) {
   const sandbox = await startSandbox(t)
   const env = { MIXPANEL_TOKEN: TOKEN, OUTBOX: `file:${temporary(t)}/outbox`, DEADLINE_MS: '1000', MIXPANEL_TIMEOUT_MS: '300' }
@@ -84,27 +61,27 @@ export async function everyFault (t: Test, { requests }: { requests: number }) {
   const callers = createCallers(() => server.url)
   const refusing = ['refused', 'echo', 'long_echo', 'mute_zero', 'bad_request', 'huge_refusal', 'names_one_takes_none', 'slow_zero']
   const names = [...refusing, ...[...Object.keys(FAULTS), ...LATE_FAULTS].filter(name => !refusing.includes(name))] as Fault['name'][]
-  const told: Record<string, Record<string, number>> = {}
+  const statuses: Record<string, Record<string, number>> = {}
   for (const name of names) {
     sandbox.faults.add({ name, times: 1_000_000, ms: 50 })
     const before = callers.calls.length
     await Promise.all(Array.from({ length: 20 }, async () => {
       for (let count = 0; count < requests / 20; count++) await callers.call()
     }))
-    told[name] = {}
-    for (const { status = 0 } of callers.calls.slice(before)) told[name][status] = (told[name][status] ?? 0) + 1
+    statuses[name] = {}
+    for (const { status = 0 } of callers.calls.slice(before)) statuses[name][status] = (statuses[name][status] ?? 0) + 1
     sandbox.faults.clear()
     // The breaker closes again.
     while (await callers.call() !== 200) await sleep(200)
   }
-  await server.drained()
-  // What was kept may have met one of the refusing faults on its way out.
+  await server.emptied()
+  // A stored event may have met one of the refusing faults.
   const dead = await deadLetters(t, env)
   t.equal(await server.kill('SIGTERM'), 0)
-  return { told, broken: violations(callers.calls, sandbox.ledger.rows(), { repeats: callers.calls.length, dead }) }
+  return { statuses, found: violations(callers.calls, sandbox.ledger.rows(), { repeats: callers.calls.length, dead }) }
 }
 
-/** A balancer that asks /readyz four times a second, and sends each request to the next one that is ready. */
+/** A balancer that asks /readyz four times a second, and sends each request to the next relay that is ready. */
 export async function startBalancer (t: Test) {
   const backends = new Map<string, { pool: Pool, isReady: boolean }>()
   let turn = 0
@@ -117,7 +94,7 @@ export async function startBalancer (t: Test) {
     const ready = [...backends.values()].filter(({ isReady }) => isReady)
     const backend = ready[turn++ % ready.length]
     try {
-      if (backend === undefined) throw new Error('nobody is ready')
+      if (backend === undefined) throw new Error('no relay is ready')
       const answer = await backend.pool.request({
         method: 'POST', path: request.url ?? '/', headers: { 'content-type': 'application/json' }, body: await text(request)
       })
@@ -140,7 +117,7 @@ export async function startBalancer (t: Test) {
   }
 }
 
-/** Relays replace each other behind a balancer, under load; Mixpanel is out of reach half the time. */
+/** Relays replace each other behind a balancer, under load; Mixpanel is unreachable half of the time. */
 export async function rolling (t: Test, { rounds, callers: count, env }: { rounds: number, callers: number, env: (round: number) => Env }) {
   const sandbox = await startSandbox(t)
   const balancer = await startBalancer(t)
@@ -162,7 +139,6 @@ export async function rolling (t: Test, { rounds, callers: count, env }: { round
     server = next
   }
   await callers.stop()
-  // What an earlier one left in a directory of its own is another's to deliver.
   codes.push(await server.kill('SIGTERM'))
   return { sandbox, callers, codes }
 }

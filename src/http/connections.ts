@@ -203,8 +203,8 @@ export function createConnections ({ config, charge, onError }: Options) {
 
     /** The hooks that follow the requests of a connection. Register them after all hooks that set `connection`. */
     hooks: fp(async app => {
-      // The handler of an identity runs in the same turn. The route has a preValidation hook already: Fastify makes three
-      // closures for each kind of hook that a request meets.
+      // The handler of an identity runs in the same turn. Fastify makes three closures for each kind of hook, and the
+      // route has a preValidation hook already.
       app.addHook('preValidation', ({ raw }, reply, done) => {
         const connection = connections.get(raw.socket)
         if (connection !== undefined) pipelining.markChecked(connection.pipeline, raw, app.routing)

@@ -3,9 +3,9 @@ import { t } from 'tap'
 import { ATTACKS, type Attack } from './attacks.ts'
 import { MEMORY_MB, underAttack, type Figures } from './harness.ts'
 
-/** In a run of a few seconds the second-worst probe is the p99. */
+/** A short run has so few probes that its p99 is the second-worst one. */
 const LIVEZ_P99_MS = Number(process.env.ATTACK_SECONDS ?? 60) < 30 ? 400 : 100
-/** For a new connection among hundreds: Node accepts one in a turn of its event loop, and they wait in the order in which they came. */
+/** For a new connection among hundreds. Node accepts one in a turn of its event loop, in the order of their arrival. */
 const CROWDED_P99_MS = 2500
 const UPSTREAM_BYTES = 1_048_576
 
@@ -25,23 +25,23 @@ function rowOf ({ name, bound = '', hangs }: Attack, { idle, attacked, before, p
   ].join(' | ')
 }
 
-t.test('attacks', { skip: !existsSync('/proc/self/status') && 'needs /proc' }, async t => {
+t.test('the relay keeps its bounds under each attack', { skip: !existsSync('/proc/self/status') && 'needs /proc' }, async t => {
   const rows: string[] = []
   for (const attack of chosen) {
     await t.test(attack.name, async t => {
       const figures = await underAttack(t, attack)
       const { early, peak, attacked, exit, largest, got, said, hasGroup } = figures
       if (!hasGroup) t.comment('no memory cgroup can be made here: VmHWM alone is judged')
-      t.equal(early, undefined, 'it lives')
+      t.equal(early, undefined, 'the relay survives')
       if (early !== undefined) t.comment(said)
       t.ok(peak <= MEMORY_MB, `${peak} MB are at most ${MEMORY_MB}`)
       t.ok(attacked.p99 <= LIVEZ_P99_MS, `/livez p99 ${attacked.p99.toFixed(1)} ms is at most ${LIVEZ_P99_MS}`)
       const freshBound = attack.crowds ? CROWDED_P99_MS : LIVEZ_P99_MS
       t.ok(attacked.freshP99 <= freshBound, `/livez p99 on a new connection ${attacked.freshP99.toFixed(1)} ms is at most ${freshBound}`)
-      if (!attack.hangs) t.match(attacked, { slow: 0, failed: 0 }, 'every identity of the good caller is a 200 within a second')
+      if (!attack.hangs) t.match(attacked, { slow: 0, failed: 0 }, 'every identity of the good caller is accepted within a second')
       t.ok(largest <= UPSTREAM_BYTES, `the largest request to Mixpanel has ${largest} bytes`)
-      t.match(exit, /^\d+$/, `SIGTERM ended it after ${figures.exitMs} ms`)
-      for (const name of ['500', ...attack.never ?? []]) t.equal(got[name], undefined, `no ${name}`)
+      t.match(exit, /^\d+$/, `the relay exits after SIGTERM, and did after ${figures.exitMs} ms`)
+      for (const name of ['500', ...attack.never ?? []]) t.equal(got[name], undefined, `${name} does not occur`)
       rows.push(rowOf(attack, figures))
       t.comment(rows.at(-1))
     })

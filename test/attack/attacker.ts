@@ -6,7 +6,7 @@ interface DialOptions { from?: string, reads?: boolean, allowHalfOpen?: boolean 
 
 export type Attacker = ReturnType<typeof createAttacker>
 
-/** What an attack works with: raw sockets from eight addresses, and a tally. All sockets are destroyed at the end. */
+/** The tools of an attack: raw sockets from eight addresses, and a tally. All sockets are destroyed at the end. */
 export function createAttacker (port: number, pid: number, seconds: number) {
   const end = Date.now() + seconds * 1000
   const open = new Set<Socket>()
@@ -15,12 +15,12 @@ export function createAttacker (port: number, pid: number, seconds: number) {
   setTimeout(() => { for (const socket of open) socket.destroy() }, seconds * 1000)
 
   const left = () => end - Date.now()
-  /** How many the relay has. */
+  /** The number of open files of the relay. */
   const descriptors = () => readdirSync(`/proc/${pid}/fd`).length
   const isOver = () => left() <= 0
   const tally = (what: string) => { got[what] = (got[what] ?? 0) + 1 }
 
-  /** A connection; it emits `status` for every answer that it reads. */
+  /** A connection that emits `status` for every answer that it reads. */
   function dial ({ from = `127.0.9.${1 + dialled++ % 8}`, reads = true, allowHalfOpen = false }: DialOptions = {}): Socket {
     const socket = connect({ port, host: '127.0.0.1', localAddress: from, allowHalfOpen })
     open.add(socket)
@@ -44,7 +44,7 @@ export function createAttacker (port: number, pid: number, seconds: number) {
     else socket.once('close', () => resolve())
   })
 
-  /** Sends bytes; resolves with the last status when there were so many answers, or with 0 when it was closed. */
+  /** Sends bytes. Resolves with the last status after `answers` answers, or with 0 if the connection is closed. */
   const ask = (socket: Socket, bytes: string, answers = 1) => new Promise<number>(resolve => {
     if (socket.destroyed) return resolve(0)
     const done = (status: number) => {
@@ -57,9 +57,9 @@ export function createAttacker (port: number, pid: number, seconds: number) {
   })
 
   /**
-   * So many clients, each with one turn after the other until the attack is over. They begin within a second, or 500 a
-   * second where they are more: Node accepts one connection in a turn of its event loop, and a mere flood of connections
-   * is not what these attacks are about.
+   * Runs clients with one turn after the other until the attack is over. They begin within a second, or 500 a second if
+   * there are more. Node accepts one connection in a turn of its event loop, and these attacks are not about a flood of
+   * connections alone.
    */
   const loop = (clients: number, turn: (n: number) => Promise<unknown>, pauseMs = 0) =>
     Promise.all(Array.from({ length: clients }, async (_, n) => {

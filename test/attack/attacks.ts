@@ -6,18 +6,18 @@ import type { Attacker } from './attacker.ts'
 
 export interface Attack {
   name: string
-  /** What this attack must not achieve, beside the bounds of every attack. */
+  /** The bound of this attack, in addition to those of every attack. */
   bound?: string
-  /** Mixpanel never answers while it lasts, so the good caller's identities are not judged. */
+  /** Mixpanel never answers during the attack, so the answers to the good caller are not judged. */
   hangs?: boolean
-  /** Where the relay's log goes; by default into a pipe that is read. */
+  /** The destination of the relay's log; by default a pipe that is read. */
   log?: 'unread' | 'full'
   /** `ulimit -n` of the relay. */
   descriptors?: number
   env?: Record<string, string>
   /** It opens so many connections that a new one waits to be accepted. */
   crowds?: boolean
-  /** It needs that long even in a short run. */
+  /** The attack lasts this long even in a short run. */
   leastSeconds?: number
   /** Tallies that must be zero; 500 is one of them in every attack. */
   never?: string[]
@@ -29,7 +29,7 @@ const KB = 1024
 /** The largest body of a batch; 4194304 for a relay from before the hardening. */
 const BATCH_BYTES = Number(process.env.ATTACK_BATCH_BYTES ?? 1024 * KB) - 100
 
-/** How long a client that does not read keeps its connection. */
+/** A client that does not read keeps its connection for this long. */
 const UNREAD_MS = 15_000
 
 const ONE_ANON_ID = randomUUID()
@@ -53,7 +53,7 @@ const batchOf = (identities: string[], headers = '') => post('/identify/batch', 
 const ASCII = 'x'.repeat(60 * KB)
 const CLOSE = 'connection: close\r\n'
 
-/** Sends all but the last byte of each request, then all the last bytes at once; again and again. */
+/** Sends all but the last byte of each request, then all the last bytes at once, repeatedly. */
 const together = (requests: () => string[]) => async ({ dial, closed, isOver }: Attacker) => {
   while (!isOver()) {
     const bytes = [...requests(), batchOf(times(200, () => identity()), CLOSE)].map(text => Buffer.from(text))
@@ -70,7 +70,7 @@ const together = (requests: () => string[]) => async ({ dial, closed, isOver }: 
   }
 }
 
-/** So many clients: each sends the bytes, keeps its side open, and comes again after a pause when it was closed. */
+/** Clients that send the bytes, keep their side open, and connect again after a pause when the relay has closed it. */
 const holding = (clients: number, bytes: (n: number) => string | Buffer, pauseMs: number) => ({ loop, dial, closed }: Attacker) =>
   loop(clients, async n => {
     const socket = dial()
@@ -78,7 +78,7 @@ const holding = (clients: number, bytes: (n: number) => string | Buffer, pauseMs
     await closed(socket)
   }, pauseMs)
 
-/** So many clients that read nothing of the answers. */
+/** Clients that do not read the answers. */
 const unread = (clients: number, bytes: () => string) => ({ loop, dial, closed }: Attacker) => loop(clients, async () => {
   const socket = dial({ reads: false })
   socket.write(bytes())
@@ -86,7 +86,7 @@ const unread = (clients: number, bytes: () => string) => ({ loop, dial, closed }
   socket.destroy()
 })
 
-/** Each caller has an address of its own, and asks for one thing after the other as fast as it is answered. */
+/** Callers with an address each, that send a request as soon as the one before is answered. */
 const asking = (callers: number, bytes: (() => string)[], answers = 1) => ({ loop, dial, ask, isOver }: Attacker) =>
   loop(callers, async n => {
     const socket = dial({ from: `127.0.9.${1 + n % 8}` })
@@ -95,7 +95,7 @@ const asking = (callers: number, bytes: (() => string)[], answers = 1) => ({ loo
     }
   }, 20)
 
-/** One byte a second, of a head or of a body. */
+/** Clients that send one byte a second, of a head or of a body. */
 const dripping = (clients: number) => ({ loop, dial, closed }: Attacker) => loop(clients, async n => {
   const socket = dial()
   socket.write(n % 2 === 0 ? 'GET /livez HTTP/1.1\r\nhost: relay\r\nx-slow: ' : head('/identify', 'content-length: 60000\r\n'))
@@ -104,7 +104,7 @@ const dripping = (clients: number) => ({ loop, dial, closed }: Attacker) => loop
   clearInterval(timer)
 }, 100)
 
-/** Answered 400 or 408, these keep their side open. Whether the relay does so too is seen by its descriptors. */
+/** Clients that keep their side open after a 400 or 408. The descriptors of the relay show if it does so too. */
 async function halfOpen ({ dial, left, descriptors, got }: Attacker) {
   const beginnings = ['\x16\x03\x01\x02\x00 no HTTP\r\n\r\n', 'GET / HTTP/9\r\n\r\n', 'GET /livez HTTP/1.1\r\nhost: rel']
   while (left() > 15_500) {
@@ -118,7 +118,7 @@ async function halfOpen ({ dial, left, descriptors, got }: Attacker) {
   }
 }
 
-/** Ordinary clients whose bodies are too large read an answer; a reset would tell them nothing. */
+/** Ordinary clients with bodies that are too large. They must read an answer, and not get a reset. */
 async function ordinary ({ port, tally, isOver }: Attacker) {
   const large = Buffer.alloc(5_000_000, 'x')
   const streamed = () => new ReadableStream({

@@ -3,12 +3,12 @@ import { randomUUID } from 'node:crypto'
 import { createAttacker } from './attacker.ts'
 import { ATTACKS } from './attacks.ts'
 
-// Each role is a process of its own, told what to do by messages of the harness.
+// Each role is a process of its own, which the harness controls by messages.
 const [role, ...args] = process.argv.slice(2)
 const tell = (message: unknown) => process.send?.(message)
 process.on('disconnect', () => process.exit())
 
-/** A Mixpanel that takes everything, or never answers, and knows the largest request that it got. */
+/** A Mixpanel that accepts everything or never answers, and that records the size of the largest request. */
 function upstream () {
   let isHanging = false
   let largest = 0
@@ -24,7 +24,7 @@ function upstream () {
   })
 }
 
-/** How long a request may take before it counts as lost. */
+/** A request that takes longer counts as lost. */
 const LOST_MS = 5000
 
 const newPhase = () => ({
@@ -33,7 +33,7 @@ const newPhase = () => ({
 export type Phase = ReturnType<typeof newPhase>
 export interface Watched extends Pick<Phase, 'lost' | 'ok' | 'slow' | 'failed' | 'statuses'> { p99: number, freshP99: number, max: number, count: number }
 
-/** Probes /livez every 20 ms, every fifth time on a new connection, and is the good caller. */
+/** Probes /livez every 20 ms, every fifth time on a new connection. It is also the good caller. */
 function witness (port: number) {
   let phase = newPhase()
   let turn = 0
@@ -51,7 +51,7 @@ function witness (port: number) {
     })
   }
 
-  // A few connections that stay open: one late answer must not delay all that follow.
+  // A few connections stay open, so that one late answer does not delay all others.
   const [probes, good] = [new Agent({ keepAlive: true, maxSockets: 4 }), new Agent({ keepAlive: true })]
   async function probe (mine: Phase, isNew: boolean) {
     const { status, ms } = await call({ path: '/livez', localAddress: '127.0.0.2', agent: isNew ? false : probes })
@@ -72,7 +72,7 @@ function witness (port: number) {
   }, 20)
   for (let count = 0; count < 4; count++) probe(newPhase(), false).catch(() => {})
   tell('ready')
-  // Any message ends a phase: its figures are told when its last answer is there.
+  // Any message ends a phase. Its figures are sent after its last answer.
   process.on('message', async () => {
     const { pending, probes, fresh, ...figures } = phase
     phase = newPhase()
@@ -84,7 +84,7 @@ function witness (port: number) {
 
 async function attack (name: string, port: number, pid: number, seconds: number) {
   const attacker = createAttacker(port, pid, seconds)
-  // The harness keeps the last one; a relay that dies ends the attack early.
+  // The harness keeps the last tally, because an attack ends early if the relay dies.
   setInterval(() => tell(attacker.got), 200)
   await ATTACKS.find(attack => attack.name === name)?.run(attacker)
   process.send?.(attacker.got, () => process.exit())

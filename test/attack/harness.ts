@@ -7,18 +7,19 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { fileURLToPath } from 'node:url'
 import type { Test } from 'tap'
+import { SERVER } from '../processes.ts'
 import type { Attack } from './attacks.ts'
 import type { Watched } from './children.ts'
 
-const { RELAY = 'dist/server.js', ATTACK_SECONDS = '60', PATH = '' } = process.env
+const { RELAY = SERVER, ATTACK_SECONDS = '60', PATH = '' } = process.env
 
 export const MEMORY_MB = 256
 /** Code is compiled and connections are opened; then /livez is measured without attack. Shorter in short runs. */
 const WARM_UP_MS = Math.min(2000, Number(ATTACK_SECONDS) * 250)
 const IDLE_MS = Math.min(3000, Number(ATTACK_SECONDS) * 500)
-/** After Mixpanel hung: when the memory should be back. */
+/** The time after which memory should be released when Mixpanel hung. */
 const REST_MS = Number(ATTACK_SECONDS) < 30 ? 2000 : 10_000
-/** What an exit may take beyond the relay's own bounds on a busy machine. */
+/** The time that an exit may take beyond the relay's own bounds on a busy machine. */
 const SLACK_MS = 1000
 
 // The relay has the first core, all others share the second.
@@ -61,7 +62,7 @@ async function freePort (): Promise<number> {
   return port
 }
 
-/** Where the relay's log goes. */
+/** The destination of the relay's log. */
 function standardOutput (t: Test, log: Attack['log']): number | 'pipe' {
   if (log === undefined) return 'pipe'
   if (log === 'full') return openSync('/dev/full', 'w')
@@ -91,7 +92,7 @@ async function startRelay (t: Test, { log, descriptors, env }: Attack, upstreamP
   t.teardown(async () => {
     child.kill('SIGKILL')
     await exit
-    // The kernel needs a moment to let go of it.
+    // The kernel needs a moment to release the group.
     for (let tries = 0; tries < 50; tries++) {
       try {
         return group?.remove()
@@ -107,14 +108,13 @@ async function startRelay (t: Test, { log, descriptors, env }: Attack, upstreamP
   return { child, pid: child.pid as number, port, exit, said: () => said, hasGroup: group !== undefined }
 }
 
-/** The cores are few: the witness goes first, the attacker last. Without the right to it nice(1) goes on as it is. */
+/** With few cores the witness has priority over the attacker. Without the permission nice(1) changes nothing. */
 const NICENESS: Record<string, number> = { witness: -15, upstream: 0, attacker: 10 }
 
-/** One of children.ts, with the loader of this process but without tap's. */
+/** One of children.ts, without the loaders of tap. */
 function startChild (t: Test, role: string, ...args: string[]): ChildProcess {
-  const loader = process.execArgv.filter(argument => argument.includes('@tapjs/typescript'))
   const child = fork(fileURLToPath(new URL('children.ts', import.meta.url)), [role, ...args], {
-    execPath: 'nice', execArgv: ['-n', String(NICENESS[role]), process.execPath, ...loader], env: { ...process.env, NODE_OPTIONS: '' }
+    execPath: 'nice', execArgv: ['-n', String(NICENESS[role]), process.execPath, '--import=./test/loader.js'], env: { ...process.env, NODE_OPTIONS: '' }
   })
   t.teardown(() => { child.kill('SIGKILL') })
   return child
@@ -126,7 +126,7 @@ async function answer<T> (child: ChildProcess, question?: string): Promise<T> {
   return value as T
 }
 
-/** Runs one attack against a fresh relay; returns all that was measured. */
+/** Runs one attack against a fresh relay. Returns all figures. */
 export async function underAttack (t: Test, attack: Attack) {
   const seconds = Math.max(Number(ATTACK_SECONDS), attack.leastSeconds ?? 0)
   const upstream = startChild(t, 'upstream')

@@ -7,12 +7,12 @@ import { t } from 'tap'
 import { createCallers } from '../load.ts'
 import { startSandbox } from '../helper.ts'
 import { violations } from '../delivery-check.ts'
-import { startServer } from '../scenarios.ts'
+import { startServer } from '../processes.ts'
 
-t.test('a full disk: 503, never a 202 that is not on disk, and it goes on when there is room', async t => {
+t.test('on a full disk the relay answers 503, loses no 202, and stores again when there is room', async t => {
   const mount = mkdtempSync(join(tmpdir(), 'outbox-'))
   if (spawnSync('mount', ['-t', 'tmpfs', '-o', 'size=12m', 'tmpfs', mount]).status !== 0) {
-    return t.pass('a full disk', { skip: 'no file system can be mounted here' })
+    return t.pass('a full disk', { skip: 'a file system cannot be mounted here' })
   }
   t.teardown(() => spawnSync('umount', ['-l', mount]))
   const sandbox = await startSandbox(t)
@@ -26,16 +26,16 @@ t.test('a full disk: 503, never a 202 that is not on disk, and it goes on when t
   await sleep(1000)
   let from = callers.calls.length
   await sleep(500)
-  t.same(statuses(from), new Set([503]), 'its own identities fill the disk')
+  t.same(statuses(from), new Set([503]), 'once its own events fill the disk every answer is 503')
   const { bavail, bsize } = statfsSync(mount)
-  t.ok(bavail * bsize > 1024 * 1024, 'of the tenth that is reserved nearly all is left')
+  t.ok(bavail * bsize > 1024 * 1024, 'more than 1 MiB of the reserved tenth is free')
 
   sandbox.faults.clear()
   await callers.stop()
-  await server.drained()
-  t.equal(await callers.call(), 202, 'emptied, it keeps again')
+  await server.emptied()
+  t.equal(await callers.call(), 202, 'the emptied outbox stores again')
 
-  // Somebody else takes all of it, in the middle of the writing.
+  // Another program takes all of the disk during the writes.
   sandbox.faults.add({ name: 'edge_down', times: 1_000_000 })
   callers.start(64)
   await sleep(300)
@@ -47,22 +47,22 @@ t.test('a full disk: 503, never a 202 that is not on disk, and it goes on when t
   }
   from = callers.calls.length
   while (!statuses(from).has(503)) await sleep(100)
-  t.pass('when also the free pages of its own file are used up, it keeps nothing')
+  t.pass('once the free pages of its own file are used up, the answer is 503')
   await server.kill()
   await callers.stop()
   server = await startServer(t, sandbox.url, env)
-  t.equal(await server.kill('SIGTERM'), 0, 'it starts on a full disk, and ends in order')
+  t.equal(await server.kill('SIGTERM'), 0, 'the relay starts on a full disk, and ends in order')
   server = await startServer(t, sandbox.url, env)
   callers.start(64)
   rmSync(filler)
   await sleep(1000)
   from = callers.calls.length
   await sleep(300)
-  t.same(statuses(from), new Set([202]), 'and goes on when there is room')
+  t.same(statuses(from), new Set([202]), 'the outbox stores again when there is room')
   await callers.stop()
   sandbox.faults.clear()
-  await server.drained()
+  await server.emptied()
   t.equal(await server.kill('SIGTERM'), 0)
-  t.comment(JSON.stringify(callers.told()))
+  t.comment(JSON.stringify(callers.statuses()))
   t.same(violations(callers.calls, sandbox.ledger.rows(), { repeats: callers.calls.length }), [])
 })

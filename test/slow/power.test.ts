@@ -5,9 +5,9 @@ import { t, type Test } from 'tap'
 import { createCallers } from '../load.ts'
 import { startSandbox, temporary, type Env } from '../helper.ts'
 import { violations } from '../delivery-check.ts'
-import { startServer } from '../scenarios.ts'
+import { startServer } from '../processes.ts'
 
-/** A file system of its own in `image`; false where that is not permitted, or mkfs.ext4 is not installed. */
+/** Mounts the file system in `image`; false where that is not permitted. */
 function mount (t: Test, image: string, at: string): boolean {
   mkdirSync(at)
   if (spawnSync('mount', ['-o', 'loop', image, at]).status !== 0) return false
@@ -16,8 +16,8 @@ function mount (t: Test, image: string, at: string): boolean {
 }
 
 /**
- * The relay keeps what many send it, on a disk of which copies are made: what the disk holds at that moment is what a
- * power cut would leave, and without fsync that is not much. A relay then delivers what it finds on each copy.
+ * Fills the outbox of a relay on a disk, and copies the disk: a copy holds what a power cut would leave, which without
+ * fsync is not much. A relay then delivers what is on each copy. Returns the violations.
  */
 async function powerCuts (t: Test, { cuts, env = {} as Env }: { cuts: number, env?: Env }) {
   const directory = temporary(t)
@@ -30,47 +30,47 @@ async function powerCuts (t: Test, { cuts, env = {} as Env }: { cuts: number, en
   const server = await startServer(t, outage.url, { OUTBOX: `file:${directory}/disk/outbox`, ...env })
   const callers = createCallers(() => server.url, { async: 1 })
   callers.start(64)
-  const told: number[] = []
+  const answered: number[] = []
   for (let cut = 0; cut < cuts; cut++) {
     await sleep(200 + Math.random() * 400)
     server.child.kill('SIGSTOP')
-    // What was answered by now is on its way to the callers.
+    // The answers that are under way reach the callers.
     await sleep(50)
-    told.push(callers.calls.length)
+    answered.push(callers.calls.length)
     copyFileSync(image, `${image}-${cut}`)
     server.child.kill('SIGCONT')
   }
   await callers.stop()
   await server.kill()
-  const broken: string[] = []
-  for (const [cut, count] of told.entries()) {
+  const found: string[] = []
+  for (const [cut, count] of answered.entries()) {
     const sandbox = await startSandbox(t)
     mount(t, `${image}-${cut}`, `${directory}/disk-${cut}`)
-    const heir = await startServer(t, sandbox.url, { OUTBOX: `file:${directory}/disk-${cut}/outbox` })
-    await heir.drained()
-    t.equal(await heir.kill('SIGTERM'), 0)
-    // Nobody knows yet what the later ones were told.
+    const next = await startServer(t, sandbox.url, { OUTBOX: `file:${directory}/disk-${cut}/outbox` })
+    await next.emptied()
+    t.equal(await next.kill('SIGTERM'), 0)
+    // The outcome of later calls is unknown at that moment.
     const calls = callers.calls.map(({ identity, status }, index) => index < count ? { identity, ...status && { status } } : { identity })
-    broken.push(...violations(calls, sandbox.ledger.rows()))
+    found.push(...violations(calls, sandbox.ledger.rows()))
   }
-  t.comment(`acknowledged at the cuts: ${told}`)
-  return broken
+  t.comment(`answers at the cuts: ${answered}`)
+  return found
 }
 
-const SKIPPED = 'no file system can be made and mounted here'
+const SKIPPED = 'a file system cannot be made and mounted here'
 
-t.test('power cuts, 8 of them: what was acknowledged is on the disk', async t => {
-  const broken = await powerCuts(t, { cuts: 8 })
-  if (broken === undefined) return t.pass('a power cut', { skip: SKIPPED })
-  t.same(broken, [])
+t.test('after each of 8 power cuts what was answered 202 is on the disk', async t => {
+  const found = await powerCuts(t, { cuts: 8 })
+  if (found === undefined) return t.pass('a power cut', { skip: SKIPPED })
+  t.same(found, [])
 })
 
-t.test('the check has teeth: an outbox that does not wait for the disk loses', async t => {
+t.test('the check finds an outbox that does not wait for the disk', async t => {
   const careless = `data:text/javascript,${encodeURIComponent(`
     import Database from 'file://${process.cwd()}/node_modules/libsql/index.js'
     const { exec } = Database.prototype
     Database.prototype.exec = function (sql) { return exec.call(this, sql.replace('synchronous = FULL', 'synchronous = OFF')) }`)}`
-  const broken = await powerCuts(t, { cuts: 2, env: { NODE_OPTIONS: `--import=${careless}` } })
-  if (broken === undefined) return t.pass('a power cut', { skip: SKIPPED })
-  t.ok(broken.some(sentence => sentence.endsWith('was told 202 and is lost')), `${broken.length} sentences`)
+  const found = await powerCuts(t, { cuts: 2, env: { NODE_OPTIONS: `--import=${careless}` } })
+  if (found === undefined) return t.pass('a power cut', { skip: SKIPPED })
+  t.ok(found.some(sentence => sentence.endsWith('got 202 and is lost')), `a lost 202 is among ${found.length} violations`)
 })

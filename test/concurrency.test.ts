@@ -1,0 +1,105 @@
+import { setTimeout as sleep } from 'node:timers/promises'
+import { t } from 'tap'
+import { createBatcher } from '../src/concurrency/batcher.ts'
+import { createKeyedMutex } from '../src/concurrency/keyed-mutex.ts'
+import { createSlices } from '../src/concurrency/slices.ts'
+
+t.test('the batcher keeps order and bounds, answers late items, and passes on an exception', async t => {
+  const sent: number[][] = []
+  const batcher = createBatcher<number, string>({
+    send: async items => {
+      sent.push(items)
+      await sleep(100)
+      if (items.includes(13)) throw new Error('a bug')
+      return items.map(item => `result ${item}`)
+    },
+    maxBatch: 3,
+    freeSends: 1,
+    maxSends: 1,
+    maxItems: 8,
+    late: { afterMs: 150, result: 'late' },
+    isAlone: item => item >= 100
+  })
+  await batcher.idle()
+  const results = [1, 2, 100, 3, 4, 5, 6, 7].map(item => batcher.add(item))
+  t.equal(batcher.add(8), undefined, 'a ninth item does not fit')
+  t.equal(batcher.inFlight(), 8)
+  await sleep(10)
+  t.equal(batcher.add(9), undefined, 'a ninth item does not fit during a send either')
+  t.same(await Promise.all(results), ['result 1', 'result 2', 'result 100', 'late', 'late', 'late', 'late', 'late'])
+  t.same(sent, [[1, 2], [100]])
+  const bug = [batcher.add(13), batcher.add(14)]
+  const idle = batcher.idle()
+  await sleep(10)
+  const later = batcher.add(15)
+  for (const result of bug) await t.rejects(result as Promise<string>, { message: 'a bug' })
+  await idle
+  t.equal(await later, 'result 15')
+  t.equal(batcher.inFlight(), 0)
+})
+
+t.test('the batcher bounds the bytes of an array', async t => {
+  const sent: number[][] = []
+  const batcher = createBatcher<number, number>({
+    send: async items => {
+      sent.push(items)
+      await sleep(20)
+      return items
+    },
+    maxBatch: 100,
+    bytesOf: item => item,
+    maxBytes: 10,
+    freeSends: 1,
+    late: { afterMs: 1000, result: -1 }
+  })
+  const items = [4, 4, 4, 10, 30, 1, 9, 1]
+  t.same(await Promise.all(items.map(item => batcher.add(item))), items)
+  t.same(sent, [[4, 4], [4], [10], [30], [1, 9], [1]])
+  await batcher.add(5)
+  t.same(sent.at(-1), [5], 'all bytes are released after the send')
+})
+
+t.test('the keyed mutex runs one task of a key at a time, and an exception reaches only its own caller', async t => {
+  const mutex = createKeyedMutex<string>(result => result === 'taken')
+  await mutex.idle()
+  const log: string[] = []
+  const work = (name: string, result: string, ms = 20) => async () => {
+    log.push(`${name} begins`)
+    await sleep(ms)
+    log.push(`${name} ends`)
+    if (result === 'bug') throw new Error('a bug')
+    return result
+  }
+  const bug = mutex.run('x', work('a', 'bug'))
+  const rest = [mutex.run('x', work('b', 'no')), mutex.run('x', work('c', 'taken')), mutex.run('x', work('d', 'no')), mutex.run('x', work('e', 'no'))]
+  const other = mutex.run('y', work('z', 'no', 1))
+  t.equal(mutex.inFlight(), 6)
+  await t.rejects(bug, { message: 'a bug' })
+  await mutex.idle()
+  t.same(await Promise.all([...rest, other]), ['no', 'taken', 'no', 'no', 'no'])
+  t.same(log, ['a begins', 'z begins', 'z ends', 'a ends', 'b begins', 'b ends', 'c begins', 'c ends', 'd begins', 'e begins', 'd ends', 'e ends'])
+})
+
+t.test('createSlices bounds the time that long tasks together take from the event loop', async t => {
+  const slice = createSlices(5)
+  let longest = 0
+  let isOver = false
+  let last = performance.now()
+  const watch = () => {
+    longest = Math.max(longest, performance.now() - last)
+    last = performance.now()
+    if (!isOver) setImmediate(watch)
+  }
+  watch()
+  const order: number[] = []
+  await Promise.all(Array.from({ length: 10 }, async (_, worker) => {
+    for (let step = 0; step < 20; step++) {
+      await slice()
+      for (const end = performance.now() + 1; performance.now() < end;);
+    }
+    order.push(worker)
+  }))
+  isOver = true
+  t.ok(longest < 120, `200 ms of work block the event loop for less than 120 ms at a time, and did for ${longest} ms`)
+  t.same(order.toSorted((a, b) => a - b), Array.from({ length: 10 }, (_, worker) => worker))
+})

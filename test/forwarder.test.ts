@@ -1,0 +1,301 @@
+import { mock } from 'node:test'
+import { t, type Test } from 'tap'
+import { createBreaker } from '../src/mixpanel/breaker.ts'
+import { readConfig } from '../src/config.ts'
+import type { Delivery, OutgoingEvent } from '../src/mixpanel/delivery.ts'
+import { identifyEvent, parseEvent } from '../src/identity/event.ts'
+import { createForwarder } from '../src/relay/forwarder.ts'
+import type { Entry, Outbox } from '../src/outbox/outbox.ts'
+import { backoffMs } from '../src/relay/pauses.ts'
+import { planRound, finalReason, createPass } from '../src/relay/plan.ts'
+import { createQuarantine } from '../src/relay/quarantine.ts'
+import type { Verdict } from '../src/identity/verdict.ts'
+import { identity, setPerformanceNow } from './helper.ts'
+
+const down: Verdict = { code: 'mixpanel_unreachable', cause: 'status 503', isTransient: true }
+const accepted: Verdict = { code: 'accepted' }
+
+const userOf = (event: OutgoingEvent['event']) => parseEvent(event).properties.$identified_id
+
+/** A forwarder on a mocked clock, between an outbox in memory and a Mixpanel that is played by `answer`. */
+function start (t: Test, count: number, answer: (items: OutgoingEvent[]) => Verdict[], env = {}, given: object[] = []) {
+  mock.timers.enable({ apis: ['setTimeout', 'Date'], now: Date.now() })
+  setPerformanceNow(t, () => Date.now())
+  t.teardown(() => mock.timers.reset())
+  let entries: Entry[] = Array.from({ length: count }, (_, index) =>
+    ({ id: String(index), event: identifyEvent(identity({ identified_id: `user-${index}`, ...given[index] }), Date.now()) }))
+  let nextId = count
+  const arrays: string[][] = []
+  const logged: string[] = []
+  const store = { isBroken: false }
+  const rounds: { at: number, arrays: number[] }[] = []
+  const breaker = createBreaker()
+  const asked: number[] = []
+  const outbox = {
+    async next (most: number, after = '-1') {
+      if (store.isBroken) throw new Error('the disk is gone')
+      const taken = entries.filter(({ id }) => Number(id) > Number(after)).slice(0, most)
+      if (taken.length > 0) rounds.push({ at: Date.now(), arrays: [] })
+      return taken
+    },
+    async ack (done: Entry[]) {
+      if (store.isBroken) throw new Error('the disk is gone')
+      entries = entries.filter(entry => !done.includes(entry))
+    },
+    async deadLetter (letters: { entry: Entry }[]) { entries = entries.filter(entry => !letters.some(letter => letter.entry === entry)) },
+    counts: () => ({ waiting: entries.length, dead: 0 })
+  } as unknown as Outbox
+  const delivery = {
+    async deliver (items: OutgoingEvent[]) {
+      if (!breaker.admits()) return items.map(() => ({ code: 'mixpanel_unavailable', retryAfter: breaker.retryAfter() }))
+      arrays.push(items.map(({ event }) => userOf(event)))
+      asked.push(Date.now())
+      rounds.at(-1)?.arrays.push(items.length)
+      const verdicts = answer(items)
+      breaker.record(!('isTransient' in verdicts[0]!))
+      return verdicts
+    },
+    isOpen: breaker.isOpen
+  } as unknown as Delivery
+  const log = (what: object, message: string) => { logged.push(message) }
+  const forwarder = createForwarder(readConfig({ MIXPANEL_TOKEN: 'x', ...env }, () => ''), outbox, delivery, { debug () {}, info: log, warn: log, error: log })
+  forwarder.start()
+  const turn = async () => { for (let count = 0; count < 50; count++) await new Promise(resolve => setImmediate(resolve)) }
+  return {
+    forwarder,
+    arrays,
+    rounds,
+    logged,
+    store,
+    asked,
+    breaker,
+    pending: () => entries.length,
+    add () { entries.push({ id: String(nextId), event: identifyEvent(identity({ identified_id: `user-${nextId++}` }), Date.now()) }) },
+    /** Moves the clock by `seconds`, in steps of `step` seconds. */
+    async pass (seconds: number, step = 0.1) {
+      await turn()
+      for (let passed = 0; passed < seconds - step / 2; passed += step) {
+        mock.timers.tick(step * 1000)
+        await turn()
+      }
+    }
+  }
+}
+
+t.test('the forwarder sends full arrays, six at a time, oldest first', async t => {
+  const { arrays, rounds, pass, pending, forwarder } = start(t, 1000, items => items.map(() => accepted))
+  await pass(0)
+  t.equal(pending(), 0)
+  t.same(arrays.map(array => array.length), Array.from({ length: 20 }, () => 50))
+  t.same(rounds.map(round => round.arrays.length), [6, 6, 6, 2])
+  t.same(arrays.flat(), Array.from({ length: 1000 }, (_, index) => `user-${index}`))
+  await forwarder.stop()
+})
+
+t.test('in an outage the forwarder probes less and less often, and delivers everything soon after', async t => {
+  const mixpanel = { isDown: true }
+  const { asked, logged, pass, pending, forwarder } = start(t, 1000, items => items.map(() => mixpanel.isDown ? down : accepted))
+  await pass(300, 1)
+  t.equal(pending(), 1000)
+  t.ok(asked.length < 30, `in five minutes there are fewer than 30 requests, and there were ${asked.length}`)
+  const last = asked.slice(-5).map((at, index, list) => index === 0 ? 20_000 : at - list[index - 1]!)
+  t.ok(last.every(ms => ms >= 2000 && ms <= 36_000), `the last pauses are at most half a minute, and were ${last.join()} ms`)
+  forwarder.added()
+  const before = asked.length
+  await pass(0)
+  t.equal(asked.length, before, 'a new event does not end the pause')
+  mixpanel.isDown = false
+  await pass(60, 0.5)
+  t.equal(pending(), 0)
+  t.same(logged, ['outbox delivery paused', 'outbox delivery resumed'])
+  await forwarder.stop()
+})
+
+t.test('a success of a caller ends the pause of the forwarder', async t => {
+  const mixpanel = { isDown: true }
+  const { pass, pending, forwarder, breaker } = start(t, 1000, items => items.map(() => mixpanel.isDown ? down : accepted))
+  await pass(120, 1)
+  mixpanel.isDown = false
+  for (let second = 0; second < 20; second++) {
+    breaker.record(true)
+    forwarder.recovered()
+    await pass(1)
+  }
+  t.equal(pending(), 0)
+  await forwarder.stop()
+})
+
+t.test('after a 429 the forwarder waits for Retry-After, or five seconds while others are accepted', async t => {
+  const { rounds, pass, forwarder } = start(t, 10, items => items.map(() => ({ code: 'mixpanel_rate_limited', cause: 'status 429', retryAfter: 30 })))
+  await pass(29, 0.5)
+  t.equal(rounds.length, 1)
+  await pass(2)
+  t.equal(rounds.length, 2)
+  await pass(3)
+  forwarder.recovered()
+  await pass(0)
+  t.equal(rounds.length, 2)
+  await pass(2)
+  forwarder.recovered()
+  await pass(0)
+  t.equal(rounds.length, 3)
+  await forwarder.stop()
+})
+
+t.test('after a 429 for one array the other arrays are settled, and no more are sent before Retry-After', async t => {
+  const { arrays, pass, pending, forwarder } = start(t, 1000, items => items.map(({ event }) =>
+    userOf(event) === 'user-70' ? { code: 'mixpanel_rate_limited', cause: 'status 429', retryAfter: 30 } : accepted))
+  await pass(29, 0.5)
+  t.equal(arrays.length, 6)
+  t.equal(pending(), 701)
+  await forwarder.stop()
+})
+
+t.test('an event on which Mixpanel fails does not delay the others of its array', async t => {
+  const failing = new Set(['user-7', 'user-8', 'user-60', 'user-199'])
+  const fails = ({ event }: OutgoingEvent) => failing.has(userOf(event))
+  const { arrays, pass, pending, forwarder } = start(t, 300, items => items.map(() => items.some(fails) ? down : accepted))
+  await pass(0)
+  t.equal(pending(), 150, 'the other arrays are delivered')
+  await pass(8)
+  t.equal(pending(), 4, 'the other events of its array are delivered alone')
+  await pass(60, 0.5)
+  const count = (id: string) => arrays.filter(array => array.includes(id)).length
+  t.ok(count('user-7') >= 3 && count('user-7') <= 6, 'a failing event is tried less and less often')
+  t.equal(count('user-0'), 2)
+  await forwarder.stop()
+})
+
+t.test('an event that always fails does not delay later ones', async t => {
+  const { pass, pending, forwarder, add, logged } = start(t, 1, items => items.map(({ event }) => userOf(event) === 'user-0' ? down : accepted))
+  await pass(60, 0.5)
+  for (let count = 0; count < 30; count++) {
+    add()
+    forwarder.added()
+    await pass(1)
+    t.equal(pending(), 1)
+  }
+  t.same(logged.slice(0, 1), ['outbox delivery paused'])
+  await forwarder.stop()
+})
+
+t.test('events of one anonymous id are sent one at a time and in order, without delaying others', async t => {
+  const anon = '5f0c8a1e-6a0b-4d53-9d3c-0a1f6f2b7c11'
+  const given = Array.from({ length: 900 }, (_, index) => index < 600
+    ? { identified_id: `rival-${Math.floor(index / 3)}`, anon_id: anon }
+    : { identified_id: `user-${index}` })
+  const isRival = ({ event }: OutgoingEvent) => userOf(event).startsWith('rival')
+  const { arrays, pass, pending, forwarder } = start(t, 900, items => items.map(item => isRival(item) ? { code: 'refused_by_mixpanel' } : accepted), {}, given)
+  await pass(5)
+  t.equal(pending(), 0)
+  const order = arrays.map(array => array.filter(id => id.startsWith('rival')))
+  t.ok(order.every(ids => new Set(ids).size <= 1), 'no array has two of them')
+  t.same(order.flat(), given.slice(0, 600).map(one => one.identified_id))
+  t.ok(arrays.findIndex(array => array.includes('user-899')) < 20, 'other events do not wait for them')
+  await forwarder.stop()
+})
+
+t.test('once an event of an anonymous id is accepted, the others of that id are sent in full arrays', async t => {
+  const given = Array.from({ length: 2000 }, (_, index) => ({ identified_id: `rival-${index}`, anon_id: '5f0c8a1e-6a0b-4d53-9d3c-0a1f6f2b7c11' }))
+  const { arrays, pass, pending, forwarder } = start(t, 2000, items => items.map(() => accepted), {}, given)
+  await pass(0)
+  t.equal(pending(), 0)
+  t.same(arrays[0], ['rival-0'])
+  t.ok(arrays.length < 2000 / 50 + 10, `there are fewer than 50 arrays, and there were ${arrays.length}`)
+  t.equal(new Set(arrays.flat()).size, arrays.flat().length, 'no event is sent twice')
+  await forwarder.stop()
+})
+
+t.test('a deferred event holds back later events of its anonymous id', async t => {
+  const sameAnonId = { anon_id: '5f0c8a1e-6a0b-4d53-9d3c-0a1f6f2b7c11' }
+  let isRefused = true
+  const notAsked: Verdict = { code: 'mixpanel_unavailable', retryAfter: 1 }
+  const { arrays, pass, pending, forwarder } = start(t, 100, items => items.map(({ event }) => {
+    if (userOf(event) !== 'user-1' || !isRefused) return accepted
+    isRefused = false
+    return notAsked
+  }), { MAX_BATCH: '1' }, Array.from({ length: 100 }, (_, index) => index === 1 || index === 60 ? sameAnonId : {}))
+  await pass(10)
+  t.equal(pending(), 0)
+  const order = arrays.flat().filter(id => id === 'user-1' || id === 'user-60')
+  t.same(order, ['user-1', 'user-1', 'user-60'])
+  await forwarder.stop()
+})
+
+t.test('while the outbox fails the forwarder waits, logs, and sends nothing twice', async t => {
+  const { arrays, pass, pending, store, logged, forwarder } = start(t, 100, items => {
+    store.isBroken = true
+    return items.map(() => accepted)
+  })
+  await pass(3)
+  t.equal(pending(), 100)
+  store.isBroken = false
+  await pass(2)
+  t.equal(pending(), 0)
+  t.same(arrays.map(array => array.length), [50, 50])
+  t.ok(logged.includes('outbox delivery failed'), 'the failure is logged')
+  await forwarder.stop()
+})
+
+t.test('the forwarder stops in the middle of a round that does not end', async t => {
+  const never = new Promise<Verdict[]>(() => {})
+  const { pass, forwarder, pending } = start(t, 10, () => never as unknown as Verdict[])
+  await pass(1)
+  const stopped = forwarder.stop()
+  await pass(3)
+  await stopped
+  t.equal(pending(), 10)
+})
+
+t.test('the forwarder stops while the outbox fails', async t => {
+  const { pass, forwarder, store } = start(t, 10, items => {
+    store.isBroken = true
+    forwarder.stop()
+    return items.map(() => accepted)
+  })
+  await pass(5)
+  t.ok(store.isBroken)
+})
+
+t.test('arrays respect MAX_BATCH, 1 MiB, and the endpoint of a replay', async t => {
+  const single = start(t, 20, items => items.map(() => accepted), { MAX_BATCH: '1' })
+  await single.pass(0)
+  t.same(single.rounds.map(({ arrays }) => arrays.length), [6, 6, 6, 2])
+  await single.forwarder.stop()
+  const none = createQuarantine()
+  const entry = (text = '', more = {}): Entry => ({ id: '1', event: identifyEvent(identity({ properties: { text } }), 0), ...more })
+  const large = Array.from({ length: 100 }, () => entry('x'.repeat(100_000)))
+  const sizes = (entries: Entry[]) => planRound(entries, createPass(), none, readConfig({ MIXPANEL_TOKEN: 'x' }, () => '')).arrays.map(array => array.length)
+  t.same(sizes(large), Array.from({ length: 6 }, () => 3))
+  const mixed = [entry(), entry('', { endpoint: 'import' }), entry('', { endpoint: 'import' }), entry()]
+  t.same(sizes(mixed), [1, 2, 1])
+})
+
+t.test('the backoff is that of Mixpanel\'s documentation', async t => {
+  for (const [failures, least] of [[1, 2], [2, 4], [3, 8], [5, 32], [6, 60], [60, 60]] as const) {
+    const ms = backoffMs(failures)
+    t.ok(ms >= least * 1000 + 1000 && ms <= least * 1000 + 5000, `${failures} failures: ${least} s and 1 to 5 s of jitter`)
+  }
+})
+
+t.test('the quarantine holds a thousand anonymous ids', async t => {
+  const quarantine = createQuarantine()
+  for (let count = 0; count < 1500; count++) quarantine.failed(`key ${count}`)
+  t.equal(quarantine.has('key 499'), false)
+  t.equal(quarantine.has('key 500'), true)
+  quarantine.failed('key 500')
+  quarantine.failed('key 1500')
+  t.equal(quarantine.has('key 501'), false, 'the key that failed the longest ago is forgotten')
+  t.equal(quarantine.isPaused('key 500'), true)
+  quarantine.release()
+  t.equal(quarantine.isPaused('key 500'), false)
+  t.equal(quarantine.has('key 500'), true)
+  quarantine.settled('key 500')
+  t.equal(quarantine.has('key 500'), false)
+})
+
+t.test('a final verdict has a reason for the dead letter', async t => {
+  const entry: Entry = { id: '1', event: identifyEvent(identity(), 0) }
+  t.equal(finalReason(entry, { code: 'refused_by_mixpanel' }), 'refused by Mixpanel, without a reason')
+  t.equal(finalReason(entry, { code: 'mixpanel_rejected_credentials', cause: 'status 401' }), undefined, 'the operator can correct the credentials, so the event is kept')
+})

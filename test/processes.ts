@@ -1,0 +1,116 @@
+import { spawn, spawnSync, type ChildProcess } from 'node:child_process'
+import { mkdirSync, readdirSync, rmdirSync, statSync } from 'node:fs'
+import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
+import type { Test } from 'tap'
+import { identity, TOKEN, type Env } from './helper.ts'
+
+export const SERVER = 'dist/server.js'
+
+/**
+ * The arguments with which env(1) runs a program with `env` alone. tap adds its loader for coverage to the environment of
+ * every child process, and the loader costs a second of CPU.
+ */
+export const withoutCoverage = (env: NodeJS.ProcessEnv, ...args: string[]) =>
+  ['-i', `PATH=${process.env.PATH}`, ...Object.entries(env).map(([name, value]) => `${name}=${value}`), process.execPath, ...args]
+
+const LOCK = '.tap/build-lock'
+/** A build takes some seconds; a lock that is older was left by a process that was killed. */
+const MAX_LOCK_MS = 60_000
+
+const changedAt = (path: string) => statSync(path, { throwIfNoEntry: false })?.mtimeMs ?? 0
+
+/** True if a file of `src` has changed since `dist` was built. */
+function isStale (): boolean {
+  const sources = readdirSync('src', { recursive: true }).map(name => join('src', String(name)))
+  return Math.max(...sources.map(changedAt)) > changedAt(SERVER)
+}
+
+/** Builds `dist` unless it is newer than `src`. Test files run in parallel, and only one of them builds. */
+function build (): void {
+  mkdirSync('.tap', { recursive: true })
+  while (isStale()) {
+    try {
+      mkdirSync(LOCK)
+    } catch {
+      if (Date.now() - changedAt(LOCK) > MAX_LOCK_MS) rmdirSync(LOCK)
+      Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 200)
+      continue
+    }
+    try {
+      const { status, stdout } = spawnSync('env', withoutCoverage({}, 'node_modules/typescript/bin/tsc'), { encoding: 'utf8' })
+      if (status !== 0) throw new Error(`dist is older than src, and the build failed: ${stdout}`)
+      return
+    } finally {
+      rmdirSync(LOCK)
+    }
+  }
+}
+
+build()
+
+interface Options {
+  /** True where the process is expected to log a fatal error. */
+  mayBreak?: boolean
+  /** True where its coverage counts, which costs a second of CPU. One process for each line of code is enough. */
+  isCovered?: boolean
+}
+
+/** A process that has not printed by then what it should fails its test. */
+const UNTIL_MS = 30_000
+
+/** A built program as a real process. Its output is collected, and a fatal error in it fails the test. */
+export function startProcess (t: Test, script: string, args: string[] = [], env: Env = {}, { mayBreak = false, isCovered = false }: Options = {}) {
+  const coverage = Object.fromEntries(Object.entries(process.env).filter(([name]) => /^_?TAP|^NODE_V8|^PATH$/.test(name)))
+  const child: ChildProcess = isCovered
+    ? spawn(process.execPath, [script, ...args], { env: { ...coverage, ...env } })
+    : spawn('env', withoutCoverage(env, script, ...args))
+  let output = ''
+  for (const stream of [child.stdout, child.stderr]) stream?.on('data', chunk => { output += String(chunk) })
+  const exit = new Promise<number | null>(resolve => child.once('close', code => {
+    if (/"level":60|unhandledRejection|uncaughtException/.test(output) && !mayBreak) t.fail(`a fatal error in the process: ${output.slice(-2000)}`)
+    resolve(code)
+  }))
+  t.teardown(() => { child.kill('SIGKILL') })
+
+  /** Resolves when the output matches. */
+  async function until (words: RegExp): Promise<RegExpExecArray> {
+    for (const end = Date.now() + UNTIL_MS; ;) {
+      const found = words.exec(output)
+      if (found !== null) return found
+      if (child.exitCode !== null) throw new Error(`the process exited before its output matched ${words}: ${output}`)
+      if (Date.now() > end) throw new Error(`the output did not match ${words} within ${UNTIL_MS} ms: ${output}`)
+      await sleep(20)
+    }
+  }
+  return { child, exit, until, output: () => output }
+}
+
+interface Parts { outbox: { waiting: number, dead: number }, mixpanel: string }
+
+/** The built relay as a process in front of a sandbox. */
+export async function startServer (t: Test, sandboxUrl: string, env: Env = {}, options: Options = {}) {
+  const server = startProcess(t, SERVER, [], {
+    MIXPANEL_TOKEN: TOKEN, MIXPANEL_URL: sandboxUrl, PORT: '0', RATE_LIMIT_MAX: '1000000000', ...env
+  }, options)
+  const [, url] = await server.until(/Server listening at (http:[^"]+)"/) as unknown as [string, string]
+  const parts = async () => (await (await fetch(`${url}/readyz?verbose`)).json() as { parts: Parts }).parts
+
+  return {
+    ...server,
+    url,
+    port: Number(new URL(url).port),
+    parts,
+    post: (body: unknown = identity()) => fetch(`${url}/identify`, {
+      method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify(body)
+    }),
+    /** Resolves when nothing waits in the outbox. */
+    async emptied (): Promise<void> {
+      while ((await parts()).outbox.waiting > 0) await sleep(50)
+    },
+    async kill (signal: NodeJS.Signals = 'SIGKILL'): Promise<number | null> {
+      server.child.kill(signal)
+      return server.exit
+    }
+  }
+}
