@@ -111,10 +111,11 @@ async function startRelay (t: Test, { log, descriptors, env }: Attack, upstreamP
 /** With few cores the witness has priority over the attacker. Without the permission nice(1) changes nothing. */
 const NICENESS: Record<string, number> = { witness: -15, upstream: 0, attacker: 10 }
 
-/** One of children.ts, without the loaders of tap. */
+/** One of children.ts, with the loader of this process but without the other ones of tap. */
 function startChild (t: Test, role: string, ...args: string[]): ChildProcess {
+  const loader = process.execArgv.filter(argument => argument.includes('@tapjs/typescript'))
   const child = fork(fileURLToPath(new URL('children.ts', import.meta.url)), [role, ...args], {
-    execPath: 'nice', execArgv: ['-n', String(NICENESS[role]), process.execPath, '--import=./test/loader.js'], env: { ...process.env, NODE_OPTIONS: '' }
+    execPath: 'nice', execArgv: ['-n', String(NICENESS[role]), process.execPath, ...loader], env: { ...process.env, NODE_OPTIONS: '' }
   })
   t.teardown(() => { child.kill('SIGKILL') })
   return child
