@@ -11,7 +11,8 @@ export class ConfigError extends Error {}
 FormatRegistry.Set('base-url', text => {
   if (!URL.canParse(text) || /[?#]/.test(text)) return false
   const url = new URL(text)
-  return /^https?:$/.test(url.protocol) && url.username + url.password === ''
+  const isEndpoint = /\/(?:track|import|engage|groups)\/*$/.test(url.pathname)
+  return /^https?:$/.test(url.protocol) && url.username + url.password === '' && !isEndpoint
 })
 FormatRegistry.Set('redis-url', text => {
   if (!URL.canParse(text) || !/^rediss?:\/\/\S+$/.test(text)) return false
@@ -50,7 +51,7 @@ export const Environment = Type.Object({
   MIXPANEL_TOKEN: secret({ pattern: '^[!-~]+$' }, 'must be a project token: printable characters without spaces'),
   MIXPANEL_REGION: oneOf(['us', 'eu', 'in'], 'us'),
   MIXPANEL_URL: Type.Optional(Type.String({
-    format: 'base-url', rule: 'must be an http or https URL without user, query or fragment'
+    format: 'base-url', rule: 'must be an http or https base URL, without /track, user, query or fragment'
   })),
   MIXPANEL_ENDPOINT: oneOf(['track', 'import'], 'track'),
   MIXPANEL_STRICT: oneOf(['0', '1'], '0'),
@@ -77,7 +78,9 @@ export const Environment = Type.Object({
   DOCS: Type.Optional(Type.Boolean({ rule: 'must be true or false' })),
   REDIS_URL: Type.Optional(secret({ format: 'redis-url' }, 'must be a redis:// or rediss:// URL')),
   OUTBOX: Type.String({
-    default: 'off', pattern: '^(off|redis|file:.+)$', rule: 'must be off, redis or file:<directory>'
+    default: 'off',
+    pattern: '^(off|redis|file:[^~].*)$',
+    rule: 'must be off, redis or file:<directory>, and no shell expands ~ here'
   }),
   SHUTDOWN_DELAY_MS: integer(0, 600_000, 0),
   SHUTDOWN_TIMEOUT_MS: integer(1, 600_000, 10_000)
@@ -102,6 +105,9 @@ export function readConfig (env: Env, readFile: (path: string) => string): Confi
   for (const [name, schema] of Object.entries<TSchema>(Environment.properties)) {
     const isFile = schema.secret === true && Boolean(env[`${name}_FILE`])
     const raw = isFile ? secretFromFile(name, env, readFile, mistakes) : env[name]
+    if (raw && !isBare(raw)) {
+      mistakes.set(name, `${name} must not have white space or quotes around its value.`)
+    }
     if (raw) values[name] = decode(schema, raw)
   }
   const config = Value.Default(Environment, values) as Config
@@ -150,6 +156,9 @@ function secretFromFile (
     return undefined
   }
 }
+
+/** Returns false if a value has white space at its ends, or the quotes that some env files leave there. */
+const isBare = (text: string) => text === text.trim() && !/^["'`]|["'`]$/.test(text)
 
 /** Returns `text` as the type of the schema. Text that does not convert stays text, and the schema refuses it. */
 function decode (schema: TSchema, text: string): unknown {

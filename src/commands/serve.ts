@@ -57,7 +57,7 @@ export async function serve (
     ? undefined
     : await serveAdminSocket(directory, args => runAdminCommand(outbox, config, args)).catch(({ message: cause }) =>
       logger.warn({ cause, hint: 'stop the relay to run outbox commands' }, 'no socket in the outbox directory'))
-  const client = createMixpanel(config)
+  const client = createMixpanel(config, logger)
   const relay = createRelay(config, client, logger, outbox)
   relay.start()
   const app = await buildApp(config, {

@@ -13,8 +13,6 @@ export interface BatcherOptions<Item, Result> {
   /** While fewer sends are in flight, no item waits. Unlimited by default. */
   freeSends?: number
   maxSends?: number
-  /** The most items in the queue and in flight. */
-  maxItems?: number
   /** An item that is queued for `afterMs` gets `result` and is never sent. By default items wait without limit. */
   late?: { afterMs: number, result: Result }
   /** Returns true for an item that must travel alone. */
@@ -44,7 +42,7 @@ interface Entry<Item, Result> {
  */
 export function createBatcher<Item, Result> ({
   send, maxBatch, bytesOf = () => 0, maxBytes = Infinity, maxSentBytes = Infinity, freeSends = Infinity,
-  maxSends = Infinity, maxItems = Infinity, late, isAlone = () => false
+  maxSends = Infinity, late, isAlone = () => false
 }: BatcherOptions<Item, Result>) {
   const queue: Entry<Item, Result>[] = []
   const items = createInFlight()
@@ -127,9 +125,8 @@ export function createBatcher<Item, Result> ({
   }
 
   return {
-    /** Returns a promise of the item's own result, or undefined if there are `maxItems` already. */
-    add (item: Item): Promise<Result> | undefined {
-      if (items.count() >= maxItems) return undefined
+    /** Resolves with the item's own result. */
+    add (item: Item): Promise<Result> {
       items.begin()
       return new Promise((resolve, reject) => {
         const bytes = bytesOf(item)
@@ -140,8 +137,6 @@ export function createBatcher<Item, Result> ({
         else scheduleExpiry()
       })
     },
-    /** Returns how many items are queued or being sent. */
-    inFlight: items.count,
     /** Resolves when every item has its result. */
     idle: items.idle
   }

@@ -57,6 +57,7 @@ export async function buildApp (config: Config, { relay, redis, logger, logReque
     serverFactory: connections.serverFactory,
     genReqId: requestId,
     requestIdHeader: false,
+    routerOptions: { ignoreTrailingSlash: true },
     trustProxy: config.TRUST_PROXY.length > 0 ? config.TRUST_PROXY : false,
     // plugins/shutdown responds instead, with a problem.
     return503OnClosing: false,
@@ -81,7 +82,8 @@ export async function buildApp (config: Config, { relay, redis, logger, logReque
   await app.register(connections.hooks)
   await prepare?.(app)
   app.setNotFoundHandler(async ({ url }, reply) => {
-    const allowed = methods.get(url.split('?')[0] as string)
+    const path = url.split('?')[0] as string
+    const allowed = methods.get(path.replace(/(?<=.)\/$/, ''))
     return allowed === undefined
       ? reply.problem('not_found')
       : reply.header('allow', allowed.join(', ')).problem('method_not_allowed')

@@ -1,10 +1,11 @@
 import { isUtf8 } from 'node:buffer'
 import { BodyError } from './body.ts'
+import { jsonFault } from './json-fault.ts'
 
 /** Returns a body without its byte order mark. Throws a BodyError when it is not UTF-8. */
 export function checkUtf8 (body: Buffer): Buffer {
   // Node would decode other bytes as U+FFFD, and two users' ids could become one.
-  if (!isUtf8(body)) throw notJson()
+  if (!isUtf8(body)) throw notJson(body)
   const hasByteOrderMark = body[0] === 0xEF && body[1] === 0xBB && body[2] === 0xBF
   return hasByteOrderMark ? body.subarray(3) : body
 }
@@ -14,11 +15,11 @@ export function parseJson (body: Buffer, start = 0, end = body.length): unknown 
   try {
     return JSON.parse(body.toString('utf8', start, end))
   } catch {
-    throw notJson()
+    throw notJson(body.subarray(start, end))
   }
 }
 
-const notJson = () => new BodyError('invalid_request', 'must be JSON in UTF-8')
+const notJson = (bytes: Buffer) => new BodyError('invalid_request', jsonFault(bytes))
 
 /** The positions of list elements in a body, and the JSON text around them. */
 export interface Outline {

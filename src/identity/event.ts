@@ -1,5 +1,6 @@
 import { hash } from 'node:crypto'
 import { MAX_IDENTITY_BYTES, type Identity } from './identity.ts'
+import { deviceKey } from './ids.ts'
 
 /** An event as Mixpanel reads it, without the token. */
 export interface IdentifyEvent {
@@ -29,11 +30,12 @@ export interface PendingEvent {
 const LARGE_BYTES = 8192
 
 /**
- * Returns the event of an identity that is validated at `now` (ms since the epoch). `insertId` depends only on the two
- * ids, so that Mixpanel recognizes a repeat (docs: at most 36 bytes of [A-Za-z0-9-]).
+ * Returns the event of an identity that is validated at `now` (ms since the epoch). `insertId` depends only on the ids
+ * and the properties, so that Mixpanel recognizes a repeat (docs: at most 36 bytes of [A-Za-z0-9-]).
  */
 export function identifyEvent (identity: Identity, now: number): PendingEvent {
-  const { identified_id: identified, anon_id: anon, properties } = identity
+  const { identified_id: identified, anon_id: anon, properties = {} } = identity
+  const text = JSON.stringify(properties)
   return pending({
     event: '$identify',
     properties: {
@@ -43,8 +45,8 @@ export function identifyEvent (identity: Identity, now: number): PendingEvent {
       $identified_id: identified,
       $anon_id: anon,
       time: Math.floor(now / 1000),
-      // No valid id contains a line feed, so no two pairs have the same text.
-      $insert_id: hash('sha256', `${anon}\n${identified}`).slice(0, 32)
+      // No valid id contains a line feed, so no two identities have the same text.
+      $insert_id: hash('sha256', `${anon}\n${identified}${text === '{}' ? '' : `\n${text}`}`).slice(0, 32)
     }
   })
 }
@@ -67,7 +69,7 @@ export function parseEvent ({ json }: Pick<PendingEvent, 'json'>): IdentifyEvent
 
 function pending (event: IdentifyEvent, json = JSON.stringify(event)): PendingEvent {
   const { $anon_id: anon, $insert_id: insertId, time } = event.properties
-  const anonKey = anon.replace('$device:', '').toLowerCase()
+  const anonKey = deviceKey(anon)
   const bytes = Buffer.byteLength(json)
   if (bytes === json.length && bytes < LARGE_BYTES) return Object.freeze({ json, bytes, anonKey, insertId, time })
   // V8 does not move bytes outside its heap. A string with any character beyond Latin-1 has two bytes per character.

@@ -1,4 +1,5 @@
 import { Type, type Static } from '@sinclair/typebox'
+import { INVISIBLE, isJunkId, isSameDevice, isTooLong, MAX_ID_BYTES } from './ids.ts'
 
 /** An invalid field of a request: `pointer` is a JSON Pointer into the body, `detail` states the rule. */
 export interface FieldError { pointer: string, detail: string }
@@ -8,14 +9,8 @@ const RESERVED_NAMES = [
   'token', 'ip', 'time', '$time', 'distinct_id', '$distinct_id', '$device_id', '$user_id', '$insert_id', 'alias',
   '$identified_id', '$anon_id', '$anon_distinct_id', '$distinct_ids', '$event_name', 'bucket', '$bucket', '$ignore',
   '$failure_reason', '$failure_description', '$identity_failure_reason', '$distinct_id_before_identity',
-  '$is_reshuffled'
+  '$is_reshuffled', '$preshuffle_distinct_id', '$had_persisted_distinct_id'
 ]
-
-/** Values that Mixpanel does not treat as ids, and the result of `String({})` in JavaScript; in lower case. */
-const JUNK_IDS = new Set([
-  '00000000-0000-0000-0000-000000000000', 'anon', 'anonymous', 'nil', 'none', 'null', 'n/a', 'na', 'undefined',
-  'unknown', '<nil>', '0', '-1', 'true', 'false', '[]', '{}', '[object object]'
-])
 
 /** Mixpanel's limits: `properties` is level 1, and an array or a nested object has fewer than 255 entries. */
 const MAX_DEPTH = 3
@@ -34,12 +29,11 @@ const Properties = Type.Unsafe<Record<string, unknown>>({
   maxProperties: MAX_PROPERTIES,
   propertyNames: {
     allOf: [
-      { maxLength: 255 },
       { not: { enum: RESERVED_NAMES }, description: 'is a reserved name' },
       { pattern: '^(?!mp_)', description: 'is a reserved name (mp_*)' }
     ]
   },
-  description: `Additional event properties: at most ${MAX_PROPERTIES}, names of at most 255 characters, ` +
+  description: `Additional event properties: at most ${MAX_PROPERTIES}, names of at most ${MAX_ID_BYTES} bytes, ` +
     `no reserved names, depth at most ${MAX_DEPTH}.`
 })
 
@@ -50,19 +44,26 @@ const Properties = Type.Unsafe<Record<string, unknown>>({
 export const Identity = Type.Object({
   identified_id: Type.String({
     minLength: 1,
-    maxLength: 255,
+    maxLength: MAX_ID_BYTES,
     allOf: [
       { pattern: '^[^\\p{Cc}\\p{Cs}]*$', description: 'must not contain control characters or lone surrogates' },
-      { pattern: '^(?:\\S(?:[\\s\\S]*\\S)?)?$', description: 'must not begin or end with white space' },
-      { pattern: '^(?!\\$device:)', description: 'must not be an anonymous id ($device:…)' }
+      {
+        pattern: `^(?:[^${INVISIBLE}](?:[\\s\\S]*[^${INVISIBLE}])?)?$`,
+        description: 'must not begin or end with white space or an invisible character'
+      },
+      { pattern: '^(?!\\$[dD][eE][vV][iI][cC][eE]:)', description: 'must not be an anonymous id ($device:…)' }
     ],
-    description: 'The id you chose for the user. No placeholder such as "null" or "anonymous", not equal to anon_id.',
+    description: `The id you chose for the user: at most ${MAX_ID_BYTES} bytes of UTF-8, no placeholder such as ` +
+      '"null" or "anonymous", not equal to anon_id.',
     examples: ['user-42']
   }),
   anon_id: Type.String({
     allOf: [{
       pattern: '^(?:\\$device:)?[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-4[0-9a-fA-F]{3}-[89abAB][0-9a-fA-F]{3}-[0-9a-fA-F]{12}$',
       description: 'must be a UUID v4, with or without the $device: prefix'
+    }, {
+      pattern: '^(?!.*0{8}-0{4}-40{3}-[89abAB]0{3}-0{12}$)',
+      description: 'must not be a UUID of zeros'
     }],
     description: 'The id under which the user was tracked before: a UUID v4, passed on byte for byte.',
     examples: ['$device:5f0c8a1e-6a0b-4d53-9d3c-0a1f6f2b7c11']
@@ -96,10 +97,16 @@ export function checkRules (body: unknown): FieldError[] {
   const { identified_id: identified, anon_id: anon, distinct_id: distinct, properties }: Partial<Identity> = body
   const errors: FieldError[] = []
   if (typeof identified === 'string') {
-    if (JUNK_IDS.has(identified.toLowerCase())) {
+    if (identified !== '' && isJunkId(identified)) {
       errors.push({ pointer: '/identified_id', detail: 'must be an id, not a placeholder that many users would share' })
     }
-    if (identified === anon) errors.push({ pointer: '/identified_id', detail: 'must not be equal to anon_id' })
+    if (typeof anon === 'string' && isSameDevice(identified, anon)) {
+      errors.push({ pointer: '/identified_id', detail: 'must not be equal to anon_id' })
+    }
+    // The schema reports more characters than that.
+    if (isTooLong(identified) && Array.from(identified).length <= MAX_ID_BYTES) {
+      errors.push({ pointer: '/identified_id', detail: `must not have more than ${MAX_ID_BYTES} bytes of UTF-8` })
+    }
     if (typeof distinct === 'string' && distinct !== identified) {
       errors.push({ pointer: '/distinct_id', detail: 'must be equal to identified_id' })
     }
@@ -122,7 +129,6 @@ function checkValue (value: unknown, depth: number): string | undefined {
   const names = Object.keys(value)
   if (names.length > MAX_ENTRIES) return `must not have more than ${MAX_ENTRIES} entries in one object or array`
   for (const name of names) {
-    if (name.length > 255) return 'must not have a name of more than 255 characters'
     const inner = (value as Record<string, unknown>)[name]
     const detail = checkName(name, inner) ?? checkValue(inner, depth + 1)
     if (detail !== undefined) return detail
@@ -132,6 +138,7 @@ function checkValue (value: unknown, depth: number): string | undefined {
 
 function checkName (name: string, value: unknown): string | undefined {
   if (!name.isWellFormed()) return 'must not have a name with lone surrogates'
+  if (isTooLong(name)) return `must not have a name of more than ${MAX_ID_BYTES} bytes of UTF-8`
   // Harmless here, but code that merges the event into another object would change its prototype.
   const isForbidden = name === '__proto__' ||
     (name === 'constructor' && typeof value === 'object' && value !== null && Object.hasOwn(value, 'prototype'))

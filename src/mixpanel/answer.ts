@@ -1,52 +1,108 @@
-import type { Verdict } from '../identity/verdict.ts'
+import type { Failure, Taken, Verdict } from '../identity/verdict.ts'
+
+/**
+ * The answer to one request, which speaks of all its events.
+ * - `taken` of `refused_by_mixpanel` holds for a lone event; an array may have been taken in part.
+ * - `isTransient`: Mixpanel, or the path to it, failed. The request is retried, and the breaker counts it.
+ * - `records`: the reasons of refused events by index, if Mixpanel listed them. `imported`: how many events it took.
+ */
+export interface Answer {
+  code: 'accepted' | Failure
+  taken: Taken
+  isTransient?: boolean
+  cause?: string
+  reason?: string
+  retryAfter?: number
+  records?: Map<number, string>
+  imported?: unknown
+}
 
 /** Mixpanel documents no Retry-After, but a backoff from 2 s to 60 s. */
 const RETRY_AFTER_SECONDS = { min: 1, fallback: 2, max: 60 }
 
-/** Returns the verdict if the status alone decides; undefined for 1xx, and for 200 and 400, whose body decides. */
-export function interpretStatus (status: number, retryAfter?: string | string[]): Verdict | undefined {
+/** Returns the answer if the status alone decides; undefined for 1xx, and for 200 and 400, whose body decides. */
+export function interpretStatus (status: number, retryAfter?: string | string[]): Answer | undefined {
   const cause = `status ${status}`
   if (status === 200 || status === 400 || status < 200) return undefined
-  if (status === 429) return { code: 'mixpanel_rate_limited', retryAfter: retryAfterSeconds(String(retryAfter)), cause }
-  if (status === 401 || status === 403) return { code: 'mixpanel_rejected_credentials', cause }
-  if (status === 408 || status >= 500) return { code: 'mixpanel_unreachable', cause, isTransient: true }
-  return { code: 'mixpanel_misanswered', cause, isTransient: false }
+  if (status === 429) {
+    return { code: 'mixpanel_rate_limited', taken: 'no', retryAfter: retryAfterSeconds(String(retryAfter)), cause }
+  }
+  if (status === 401 || status === 403) return { code: 'mixpanel_rejected_credentials', taken: 'no', cause }
+  // A gateway may answer after Mixpanel took the request.
+  if (status === 408 || status >= 500) {
+    return { code: 'mixpanel_unreachable', taken: 'unknown', cause, isTransient: true }
+  }
+  return { code: 'mixpanel_misanswered', taken: 'unknown', cause }
 }
 
-/** The cause of a verdict when Mixpanel's own answer reports a temporary failure. */
+/** The cause when Mixpanel's own answer reports a temporary failure. */
 export const TEMPORARY = 'temporary failure'
 
 /**
- * Returns the verdict of a 200 or a 400. Reads `1`, `0`, `{ error, status }` and the strict form
+ * Returns the answer of a 200 or a 400. Reads `1`, `0`, `{ error, status }` and the strict form
  * `{ code, failed_records }`; any other 200 is `mixpanel_misanswered`. `mask` hides secrets in the reasons.
  */
-export function interpretBody (status: number, text: string, mask: Mask = reason => reason): Verdict {
+export function interpretBody (status: number, text: string, mask: Mask = reason => reason): Answer {
   const answer = parse(text)
-  const { status: result, code, ...fields } = Object(answer) as Record<string, unknown>
-  const records = Array.isArray(fields.failed_records) ? fields.failed_records : []
-  const reason = reasonOf(records, fields.error, mask)
+  const { status: result, code, error, ...fields } = Object(answer) as Record<string, unknown>
+  const list = Array.isArray(fields.failed_records) ? fields.failed_records : []
+  const reason = reasonOf(list, error, mask)
   // Seen live: a `0` for a temporary failure of Mixpanel. Only the reason tells it from a refusal.
   if (reason !== undefined && /temporary failure/i.test(reason)) {
-    return { code: 'mixpanel_unreachable', cause: TEMPORARY, isTransient: true, isUndelivered: true }
+    return { code: 'mixpanel_unreachable', taken: 'no', cause: TEMPORARY, isTransient: true }
   }
-  const isRefused = status === 400 || reason !== undefined || answer === 0 || result === 0
+  const hasError = list.length > 0 || (error !== undefined && error !== null && error !== '')
   const imported = fields.num_records_imported
-  if (isRefused) return { code: 'refused_by_mixpanel', reason, records: reasonsByIndex(records, mask), imported }
-  if (answer === 1 || result === 1 || (code === 200 && imported !== 0)) return { code: 'accepted' }
-  return { code: 'mixpanel_misanswered', cause: 'neither 1 nor 0', isTransient: true }
+  if (status === 400 || hasError || answer === 0 || result === 0) {
+    const records = reasonsByIndex(list, mask)
+    const details = { ...reason !== undefined && { reason }, ...records && { records } }
+    return { code: 'refused_by_mixpanel', taken: 'no', imported, ...details }
+  }
+  if (answer === 1 || result === 1 || code === 200) return { code: 'accepted', taken: 'yes', imported }
+  return { code: 'mixpanel_misanswered', taken: 'unknown', cause: 'neither 1 nor 0', isTransient: true }
 }
 
-/** Returns the verdict when no complete answer came, by the error of undici or of the socket. */
-export function interpretError ({ name, code = name }: NodeJS.ErrnoException): Verdict {
-  if (/TIMEOUT|ETIMEDOUT/.test(code)) return { code: 'mixpanel_timed_out', cause: code, isTransient: true }
+/** Returns the answer when none came in full, by the error of undici or of the socket. */
+export function interpretError ({ name, code = name }: NodeJS.ErrnoException): Answer {
+  // These errors come before the connection is made.
+  const isUnsent = /^(ECONNREFUSED|ENOTFOUND|EAI_AGAIN|UND_ERR_CONNECT_TIMEOUT)$/.test(code)
   // Bytes that are not HTTP, too many headers or too large a body come from another server.
   const isForeign = /^(HPE_|HTTPParserError|UND_ERR_HEADERS_OVERFLOW|UND_ERR_RES_EXCEEDED_MAX_SIZE)/.test(code)
+  const failure = isForeign ? 'mixpanel_misanswered' : 'mixpanel_unreachable'
   return {
-    code: isForeign ? 'mixpanel_misanswered' : 'mixpanel_unreachable',
+    code: /TIMEOUT|ETIMEDOUT/.test(code) ? 'mixpanel_timed_out' : failure,
+    taken: isUnsent ? 'no' : 'unknown',
     cause: code,
-    isTransient: true,
-    // These errors come before the connection is made.
-    isUndelivered: /^(ECONNREFUSED|ENOTFOUND|EAI_AGAIN|UND_ERR_CONNECT_TIMEOUT)$/.test(code)
+    isTransient: true
+  }
+}
+
+/** Returns true if Mixpanel reports another number of events than the request had. */
+export function isPartial ({ code, imported }: Answer, count: number): boolean {
+  return code === 'accepted' && imported !== undefined && imported !== count
+}
+
+/**
+ * Returns the verdict of one event, by the last answer about it and by `doubt`, an earlier one after which Mixpanel may
+ * have the event. Then only a success makes the outcome known. The refusal of an array is a weaker doubt: the refusal
+ * of the event alone settles it, because Mixpanel would have refused it in the array too.
+ */
+export function settle (answer: Answer, doubt?: Answer): Verdict {
+  const isSettled = answer.taken !== 'no' || doubt === undefined ||
+    (doubt.code === 'refused_by_mixpanel' && answer.code === 'refused_by_mixpanel')
+  if (isSettled) return toVerdict(answer)
+  if (doubt.code !== 'refused_by_mixpanel') return toVerdict(doubt)
+  const cause = `${answer.cause ?? answer.code} after a refused array`
+  return { code: 'mixpanel_unreachable', taken: 'unknown', cause }
+}
+
+function toVerdict ({ code, taken, cause, reason, retryAfter }: Answer): Verdict {
+  return {
+    code,
+    taken,
+    ...cause !== undefined && { cause },
+    ...reason !== undefined && { reason },
+    ...retryAfter !== undefined && { retryAfter }
   }
 }
 

@@ -1,8 +1,8 @@
 import type undici from 'undici'
 import type { Config } from '../config.ts'
+import { throttledError, type Log } from '../log.ts'
 import { parseEvent, type PendingEvent } from '../identity/event.ts'
-import type { Verdict } from '../identity/verdict.ts'
-import { interpretBody, interpretError, interpretStatus } from './answer.ts'
+import { interpretBody, interpretError, interpretStatus, type Answer } from './answer.ts'
 import { createCredentials } from './credentials.ts'
 import { encodeRequest, type EncodedRequest, type EncodeOptions } from './encode.ts'
 import { Pool } from './pool.ts'
@@ -22,8 +22,20 @@ export function baseUrl (config: Pick<Config, 'MIXPANEL_URL' | 'MIXPANEL_REGION'
   return (config.MIXPANEL_URL ?? BASE_URLS[config.MIXPANEL_REGION]).replace(/\/+$/, '')
 }
 
+/** A difference of the clocks beyond this is logged, this often. */
+const MAX_SKEW_SECONDS = 60
+const WARNING_INTERVAL_MS = 3_600_000
+
 /** A client of Mixpanel that sends each request once. The caller must `close` it. */
-export function createMixpanel (config: Config) {
+export function createMixpanel (config: Config, log?: Pick<Log, 'warn'>) {
+  const warn = throttledError((fields, message) => log?.warn(fields, message), WARNING_INTERVAL_MS)
+
+  /** Warns if Mixpanel's `date` differs from this clock: Mixpanel drops events that are too old. */
+  function checkClock (date: unknown): void {
+    const seconds = Math.round((Date.now() - Date.parse(String(date))) / 1000)
+    if (Math.abs(seconds) > MAX_SKEW_SECONDS) warn({ seconds }, 'clock differs from Mixpanel')
+  }
+
   const credentials = createCredentials(config)
   const { origin, pathname } = new URL(baseUrl(config))
   const prefix = pathname === '/' ? '' : pathname
@@ -62,7 +74,7 @@ export function createMixpanel (config: Config) {
      * Sends a request once. Resolves within `timeoutMs`, or when a stalled process runs again; rejects only on a bug.
      * undici's `dispatch` is cheaper than its `request`: an answer of one byte needs no stream.
      */
-    send: ({ path, headers, body }: EncodedRequest, timeoutMs: number) => new Promise<Verdict>(resolve => {
+    send: ({ path, headers, body }: EncodedRequest, timeoutMs: number) => new Promise<Answer>(resolve => {
       let controller: undici.Dispatcher.DispatchController | undefined
       let status = 0
       const chunks: Buffer[] = []
@@ -70,16 +82,18 @@ export function createMixpanel (config: Config) {
       let isTimedOut = false
       function timeOut (): void {
         isTimedOut = true
-        resolve({ code: 'mixpanel_timed_out', cause: `no answer in ${timeoutMs} ms`, isTransient: true })
+        resolve({
+          code: 'mixpanel_timed_out', taken: 'unknown', cause: `no answer in ${timeoutMs} ms`, isTransient: true
+        })
         controller?.abort(new Error('timed out'))
       }
       // Timers run before sockets are read. An answer that arrived during a stall of this process must be read first.
       let afterReading: NodeJS.Immediate | undefined
       const timer = setTimeout(() => { afterReading = setImmediate(timeOut) }, timeoutMs)
-      function settle (verdict: Verdict): void {
+      function finish (answer: Answer): void {
         clearTimeout(timer)
         clearImmediate(afterReading)
-        resolve(verdict)
+        resolve(answer)
       }
       pool.dispatch({ method: 'POST', path: prefix + path, headers, body }, {
         onRequestStart (started) {
@@ -88,19 +102,20 @@ export function createMixpanel (config: Config) {
         },
         onResponseStart (_, statusCode, headers) {
           status = statusCode
-          const verdict = interpretStatus(statusCode, headers['retry-after'])
+          checkClock(headers.date)
+          const answer = interpretStatus(statusCode, headers['retry-after'])
           // The timer still runs: the rest of the answer must not occupy the connection for ever.
-          if (verdict !== undefined) resolve(verdict)
+          if (answer !== undefined) resolve(answer)
         },
         onResponseData (_, chunk) {
           chunks.push(chunk)
         },
         onResponseEnd () {
-          settle(interpretBody(status, Buffer.concat(chunks).toString(), credentials.mask))
+          finish(interpretBody(status, Buffer.concat(chunks).toString(), credentials.mask))
         },
         onResponseError (_, error) {
           // A 400 is a refusal, even if its body is too large to be read.
-          settle(status === 400 ? interpretBody(status, '') : interpretError(error))
+          finish(status === 400 ? interpretBody(status, '') : interpretError(error))
         }
       })
     }),

@@ -9,7 +9,7 @@ export function createCredentials (config: Config) {
   // Mixpanel's reasons may quote the request, with a secret in any of these forms.
   const secrets = [token, account, account?.replace(/^[^:]*:/, '')].flatMap(secret => secret === undefined
     ? []
-    : [secret, encodeURIComponent(secret), base64(secret), base64(`${secret}:`)])
+    : [secret, JSON.stringify(secret).slice(1, -1), encodeURIComponent(secret), base64(secret), base64(`${secret}:`)])
 
   return {
     /** The `authorization` header of `/import`. */

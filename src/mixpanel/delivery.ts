@@ -5,8 +5,9 @@ import type { Log } from '../log.ts'
 import { createBreaker } from './breaker.ts'
 import { MAX_SENDS, type Mixpanel } from './client.ts'
 import { MAX_REQUEST_BYTES } from './encode.ts'
-import { isTransient, type Verdict } from '../identity/verdict.ts'
-import { createBisect } from './bisect.ts'
+import { NEVER_SENT, type Verdict } from '../identity/verdict.ts'
+import type { Answer } from './answer.ts'
+import { createBisect, type Sent } from './bisect.ts'
 
 /** An event to send. `deadline` is by performance.now(), safe from clock changes; in a batch the earliest counts. */
 export interface OutgoingEvent {
@@ -15,6 +16,8 @@ export interface OutgoingEvent {
   deadline: number
   /** Overrides MIXPANEL_ENDPOINT; the same for all events of a batch. */
   endpoint?: 'import' | undefined
+  /** How many requests have carried it; delivery counts them. */
+  attempts?: number
 }
 
 /** The most bytes on the wire of all requests in flight; the last request may exceed it. */
@@ -27,11 +30,6 @@ const RETRY_MINIMUM = 3
 /** A timer that fires this late was delayed by this process (a SIGSTOP, a pause), not by Mixpanel. */
 const STALL_MS = 500
 
-/** The verdict of an event whose deadline passed before it was sent. */
-export const NEVER_SENT: Verdict = {
-  code: 'mixpanel_timed_out', cause: 'never sent', isTransient: false, isUndelivered: true
-}
-
 export type Delivery = ReturnType<typeof createDelivery>
 
 /** Sends batches to Mixpanel, retries a failed request once, and finds the failing events of a refused batch. */
@@ -40,10 +38,10 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
   const waiting: (() => void)[] = []
   let sends = 0
   let retries = 0
-  let lastVerdict: { code: Verdict['code'], at: number } | undefined
+  let lastAnswer: { code: Answer['code'], at: number } | undefined
 
   /** Sends when a slot is free. The parts of a split batch share the slots, and their timeouts start with the send. */
-  async function sendInSlot (items: OutgoingEvent[], isVerbose: boolean): Promise<Verdict> {
+  async function sendInSlot (items: OutgoingEvent[], isVerbose: boolean): Promise<Sent> {
     if (sends >= MAX_SENDS) await new Promise<void>(resolve => waiting.push(resolve))
     else sends++
     try {
@@ -55,38 +53,43 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     }
   }
 
-  async function sendWithRetry (items: OutgoingEvent[], isVerbose: boolean): Promise<Verdict> {
+  async function sendWithRetry (items: OutgoingEvent[], isVerbose: boolean): Promise<Sent> {
     const [{ isStrict }] = items as [OutgoingEvent]
     const deadline = Math.min(...items.map(event => event.deadline))
-    if (performance.now() >= deadline) return NEVER_SENT
+    if (performance.now() >= deadline) return { answer: NEVER_SENT }
     // Encode before asking the breaker: an error here must not leave its one probe without an outcome.
     const request = mixpanel.encode(items.map(({ event }) => event), {
       endpoint: endpointOf(items), strict: isStrict, verbose: isVerbose
     })
-    if (!breaker.admits()) return { code: 'mixpanel_unavailable', retryAfter: breaker.retryAfter() }
+    if (!breaker.admits()) {
+      return { answer: { code: 'mixpanel_unavailable', taken: 'no', retryAfter: breaker.retryAfter() } }
+    }
     const time = () => Math.min(config.MIXPANEL_TIMEOUT_MS, deadline - performance.now())
     const due = performance.now() + time()
-    const attempt = () => mixpanel.send(request, time()).catch((error: Error) => {
-      breaker.record(true)
-      throw error
-    })
+    const attempt = async (): Promise<Answer> => {
+      for (const item of items) item.attempts = (item.attempts ?? 0) + 1
+      const answer = await mixpanel.send(request, time()).catch((error: Error) => {
+        breaker.record(true)
+        throw error
+      })
+      if (answer.code === 'refused_by_mixpanel') log.debug({ reason: answer.reason }, 'request refused by Mixpanel')
+      lastAnswer = { code: answer.code, at: Date.now() }
+      return answer
+    }
     // When the deadline leaves less than half the usual time, a timeout says nothing about Mixpanel.
     const isShort = time() < Math.min(config.MIXPANEL_TIMEOUT_MS, config.DEADLINE_MS) / 2
-    let verdict = await attempt()
+    const first = await attempt()
     const isStalled = performance.now() > due + STALL_MS
-    breaker.record(!isTransient(verdict) || ((isShort || isStalled) && verdict.code === 'mixpanel_timed_out'))
+    breaker.record(!first.isTransient || ((isShort || isStalled) && first.code === 'mixpanel_timed_out'))
     // Jitter keeps requests that failed together from being retried together.
     const pause = 50 + Math.random() * 250
-    if (isTransient(verdict) && mayRetry() && performance.now() + pause < deadline) {
-      log.warn({ code: verdict.code, cause: verdict.cause, identities: items.length }, 'retrying')
-      retries++
-      await sleep(pause)
-      verdict = await attempt().finally(() => { retries-- })
-      if (!isTransient(verdict)) breaker.record(true)
-    }
-    if (verdict.code === 'refused_by_mixpanel') log.debug({ reason: verdict.reason }, 'request refused by Mixpanel')
-    lastVerdict = { code: verdict.code, at: Date.now() }
-    return verdict
+    if (!first.isTransient || !mayRetry() || performance.now() + pause >= deadline) return { answer: first }
+    log.warn({ code: first.code, cause: first.cause, identities: items.length }, 'retrying')
+    retries++
+    await sleep(pause)
+    const second = await attempt().finally(() => { retries-- })
+    if (!second.isTransient) breaker.record(true)
+    return { answer: second, ...first.taken === 'unknown' && { lost: first } }
   }
 
   const endpointOf = ([first]: OutgoingEvent[]) => first?.endpoint ?? config.MIXPANEL_ENDPOINT
@@ -99,12 +102,20 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     isOpen: breaker.isOpen,
 
     /** Resolves by the earliest deadline with a verdict for each event, in order; rejects only on a bug. */
-    deliver: bisect,
+    async deliver (items: OutgoingEvent[]): Promise<Verdict[]> {
+      const since = performance.now()
+      const verdicts = await bisect(items)
+      const ms = Math.round((performance.now() - since) * 10) / 10
+      return verdicts.map((verdict, index) => {
+        const { attempts = 0 } = items[index] as OutgoingEvent
+        return attempts === 0 ? verdict : { ...verdict, sent: { mixpanel_ms: ms, attempts, events: items.length } }
+      })
+    },
 
     /** Returns, for operators, whether requests are sent to Mixpanel, and its last verdict. */
     state: () => ({
       mixpanel: breaker.isOpen() ? 'unavailable' : 'asked',
-      last_verdict: lastVerdict === undefined ? null : { ...lastVerdict, at: new Date(lastVerdict.at).toISOString() }
+      last_verdict: lastAnswer === undefined ? null : { ...lastAnswer, at: new Date(lastAnswer.at).toISOString() }
     })
   }
 }

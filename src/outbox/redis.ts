@@ -86,8 +86,8 @@ export async function openRedis (
 
   return {
     // A batcher without maxItems never returns undefined.
-    put: event => puts.add(event) as Promise<PutResult>,
-    has: anonKey => lookups.add(anonKey) as Promise<HasResult>,
+    put: event => puts.add(event),
+    has: anonKey => lookups.add(anonKey),
     next: async (count, after) =>
       (await run<Fields[]>(background, 'NEXT', relayId, leaseMs, startOf(after), count, MAX_NEXT_BYTES)).map(asEntry),
     ack: entries => run(background, 'ACK', ...entries.flatMap(({ id, event }) => [id, event.anonKey])),

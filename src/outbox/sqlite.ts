@@ -74,7 +74,7 @@ export function openSqlite (directory: string, project: string, log: Log, maxEnt
 
   return {
     // A batcher without maxItems never returns undefined.
-    put: event => puts.add(event) as Promise<PutResult>,
+    put: event => puts.add(event),
     async has (anonKey) {
       try {
         return counts.waiting > 0 && sql.has.all(anonKey).length > 0 ? 'yes' : 'no'

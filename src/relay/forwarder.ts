@@ -119,7 +119,7 @@ export function createForwarder (config: Config, outbox: Outbox, delivery: Deliv
 
   async function pauseAfter (failed: Verdict[]): Promise<void> {
     pass = createPass()
-    const retryAfterMs = Math.max(...failed.map(verdict => 'retryAfter' in verdict ? verdict.retryAfter * 1000 : 0))
+    const retryAfterMs = Math.max(...failed.map(({ retryAfter = 0 }) => retryAfter * 1000))
     if (failed.every(isNotSent)) return pauses.outage(retryAfterMs)
     if (state.failures++ === 0) log.warn({ code: failed[0]?.code, ...outbox.counts() }, 'outbox delivery paused')
     const ms = Math.max(backoffMs(state.failures), retryAfterMs)

@@ -1,14 +1,15 @@
 import { createBatcher } from '../concurrency/batcher.ts'
+import { createKeyedMutex } from '../concurrency/keyed-mutex.ts'
 import type { Config } from '../config.ts'
-import { createDelivery, MAX_SENT_BYTES, NEVER_SENT, type OutgoingEvent } from '../mixpanel/delivery.ts'
+import { createDelivery, MAX_SENT_BYTES, type OutgoingEvent } from '../mixpanel/delivery.ts'
 import { identifyEvent, type PendingEvent } from '../identity/event.ts'
 import type { Identity } from '../identity/identity.ts'
 import { createStoreAndForward } from './store-and-forward.ts'
-import type { Log } from '../log.ts'
+import { throttledError, type Log } from '../log.ts'
 import { MAX_SENDS, type Mixpanel } from '../mixpanel/client.ts'
 import { MAX_REQUEST_BYTES, wireBytes } from '../mixpanel/encode.ts'
 import type { Outbox } from '../outbox/outbox.ts'
-import { OVERLOADED, type Verdict } from '../identity/verdict.ts'
+import { isRetryable, NEVER_SENT, OVERLOADED, type Verdict } from '../identity/verdict.ts'
 
 export type Relay = ReturnType<typeof createRelay>
 
@@ -19,8 +20,19 @@ export type Relay = ReturnType<typeof createRelay>
  */
 const FREE_SENDS = 6
 
-/** `isStrict`: Mixpanel validates the event (`strict=1`). `isAsync`: answered once it is in the outbox (RFC 7240). */
-export interface IdentifyOptions { isStrict?: boolean, isAsync?: boolean }
+/** Events from before this release come from a wrong clock, and Mixpanel would drop them. In seconds. */
+const EARLIEST_TIME = Date.UTC(2026, 10, 1) / 1000
+const CLOCK_IS_WRONG: Verdict = { ...OVERLOADED, reason: 'The clock of the relay is wrong; its operator must set it.' }
+const ERROR_INTERVAL_MS = 60_000
+
+export interface IdentifyOptions {
+  /** Mixpanel validates the event (`strict=1`). */
+  isStrict?: boolean
+  /** The verdict comes once the event is in the outbox (RFC 7240, `respond-async`). */
+  isAsync?: boolean
+  /** The retryable failures of one batch, by anonymous id: later identities of the batch fail alike. */
+  failures?: Map<string, Verdict>
+}
 
 /**
  * The path of a validated identity: it joins a batch, the batch is sent, and each identity gets its own verdict. With
@@ -36,22 +48,42 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
     maxSentBytes: MAX_SENT_BYTES,
     freeSends: FREE_SENDS,
     maxSends: MAX_SENDS,
-    maxItems: config.MAX_IN_FLIGHT,
     // A send in the last tenth of the deadline would rarely be answered, and would count as a failure of Mixpanel.
     late: { afterMs: config.DEADLINE_MS * 0.9, result: NEVER_SENT },
     isAlone: item => item.isStrict
   })
-  const send = (item: OutgoingEvent): Promise<Verdict> => batcher.add(item) ?? Promise.resolve(OVERLOADED)
-  const storeAndForward = outbox && createStoreAndForward(config, { outbox, send, delivery, log })
+  const storeAndForward = outbox && createStoreAndForward(config, { outbox, send: batcher.add, delivery, log })
+  const logError = throttledError((fields, message) => log.error(fields, message), ERROR_INTERVAL_MS)
+  // The first user of an anonymous id keeps it for ever, so identities with one anonymous id are in flight one at a
+  // time. Once one is accepted, the order of the others no longer matters.
+  const mutex = createKeyedMutex<Verdict>(({ code }) => code === 'accepted')
+
+  async function identifyNext (
+    item: OutgoingEvent, isAsync: boolean, failures: Map<string, Verdict>
+  ): Promise<Verdict> {
+    const { anonKey } = item.event
+    const failure = failures.get(anonKey)
+    // If this one were sent, the caller's repeat of the earlier one would come too late.
+    if (failure !== undefined) return { ...failure, taken: 'no' }
+    const verdict = await (storeAndForward === undefined ? batcher.add(item) : storeAndForward.identify(item, isAsync))
+    if (isRetryable(verdict)) failures.set(anonKey, verdict)
+    return verdict
+  }
 
   return {
     /**
      * Resolves with the verdict within DEADLINE_MS; rejects only on a bug. With MAX_IN_FLIGHT identities in flight the
      * verdict is `overloaded`, at once. A caller that disconnects changes nothing: the event is sent or stored.
      */
-    identify (event: PendingEvent, { isStrict = false, isAsync = false }: IdentifyOptions = {}): Promise<Verdict> {
+    async identify (event: PendingEvent, options: IdentifyOptions = {}): Promise<Verdict> {
+      const { isStrict = false, isAsync = false, failures = new Map() } = options
+      if (mutex.inFlight() >= config.MAX_IN_FLIGHT) return OVERLOADED
+      if (event.time < EARLIEST_TIME) {
+        logError({ time: event.time }, 'clock before the date of this release')
+        return CLOCK_IS_WRONG
+      }
       const item = { event, isStrict, deadline: performance.now() + config.DEADLINE_MS }
-      return storeAndForward === undefined ? send(item) : storeAndForward.identify(item, isAsync)
+      return mutex.run(event.anonKey, () => identifyNext(item, isAsync, failures))
     },
 
     /** Returns the event of an identity that is validated now. */
@@ -61,7 +93,7 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
 
     /** Returns, for operators: identities in flight, the counts of the outbox, and Mixpanel's last verdict. */
     state: () => ({
-      in_flight: storeAndForward?.inFlight() ?? batcher.inFlight(),
+      in_flight: mutex.inFlight(),
       ...outbox && { outbox: outbox.counts() },
       ...delivery.state()
     }),
@@ -73,6 +105,9 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
     start: () => storeAndForward?.start(),
 
     /** Resolves when no identity is in flight, including those of disconnected callers. */
-    stop: () => storeAndForward === undefined ? batcher.idle() : storeAndForward.stop()
+    async stop (): Promise<void> {
+      await mutex.idle()
+      await storeAndForward?.stop()
+    }
   }
 }

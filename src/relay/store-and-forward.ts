@@ -1,11 +1,10 @@
 import type { Config } from '../config.ts'
-import { NEVER_SENT, type Delivery, type OutgoingEvent } from '../mixpanel/delivery.ts'
+import type { Delivery, OutgoingEvent } from '../mixpanel/delivery.ts'
 import type { PendingEvent } from '../identity/event.ts'
 import type { Log } from '../log.ts'
-import { createKeyedMutex } from '../concurrency/keyed-mutex.ts'
 import { createForwarder } from './forwarder.ts'
 import type { Outbox } from '../outbox/outbox.ts'
-import { isDeferrable, isUndelivered, OVERLOADED, type Verdict } from '../identity/verdict.ts'
+import { isDeferrable, NEVER_SENT, OVERLOADED, type Verdict } from '../identity/verdict.ts'
 
 interface Dependencies {
   outbox: Outbox
@@ -20,14 +19,11 @@ const STORE_UNREACHABLE = overloaded('The outbox is out of reach. The identity w
 const MAYBE_STORED = overloaded('The outbox did not answer in time and may have stored the identity. A repeat is safe.')
 
 /**
- * Sends identities, and stores those that Mixpanel cannot take now. Mixpanel merges an anonymous id with the first user
- * only, so identities with one anonymous id stay in order. The second one waits for the verdict of the first, and
- * follows it into the outbox.
+ * Sends identities, and stores those that Mixpanel cannot take now. While an event waits in the outbox, later ones with
+ * its anonymous id follow it there.
  */
 export function createStoreAndForward (config: Config, { outbox, delivery, send, log }: Dependencies) {
   const forwarder = createForwarder(config, outbox, delivery, log)
-  // Once one identity is accepted, the anonymous id is taken, and the order of the others no longer matters.
-  const mutex = createKeyedMutex<Verdict>(({ code }) => code === 'accepted')
 
   /** One callback for each event being sent; it ends the wait for Mixpanel. */
   const sending = new Set<() => void>()
@@ -37,12 +33,12 @@ export function createStoreAndForward (config: Config, { outbox, delivery, send,
     const result = await outbox.put(event)
     if (result !== 'stored') return result === 'rejected' ? NOT_STORED : MAYBE_STORED
     forwarder.added()
-    return { code: 'queued', cause }
+    return { code: 'queued', taken: 'unknown', cause }
   }
 
   function sendUnlessStopped (item: OutgoingEvent): Promise<Verdict> {
     return new Promise((resolve, reject) => {
-      const endWait = () => resolve({ code: 'mixpanel_timed_out', cause: 'shutdown', isTransient: true })
+      const endWait = () => resolve({ code: 'mixpanel_timed_out', taken: 'unknown', cause: 'shutdown' })
       if (isStopped) return resolve(NEVER_SENT)
       sending.add(endWait)
       send(item).then(resolve, reject).finally(() => sending.delete(endWait))
@@ -61,15 +57,13 @@ export function createStoreAndForward (config: Config, { outbox, delivery, send,
     if (!isDeferrable(verdict)) return verdict
     const stored = await store(event, verdict.code)
     // When Mixpanel may have the event, the answer must not say that it was not sent.
-    return stored.code === 'queued' || isUndelivered(verdict) ? stored : verdict
+    return stored.code === 'queued' || verdict.taken === 'no' ? stored : verdict
   }
 
   return {
     /** Resolves with the verdict of `send`, or with `queued` once the event is on disk. `isAsync`: stores at once. */
-    async identify (item: OutgoingEvent, isAsync: boolean): Promise<Verdict> {
-      if (mutex.inFlight() >= config.MAX_IN_FLIGHT) return OVERLOADED
-      return mutex.run(item.event.anonKey, () => isAsync ? store(item.event, 'respond-async') : sendOrStore(item))
-    },
+    identify: (item: OutgoingEvent, isAsync: boolean) =>
+      isAsync ? store(item.event, 'respond-async') : sendOrStore(item),
 
     /** Stops waiting for Mixpanel: events being sent, and all later ones, are stored. */
     stopWaiting (): void {
@@ -77,15 +71,7 @@ export function createStoreAndForward (config: Config, { outbox, delivery, send,
       for (const endWait of sending) endWait()
     },
 
-    /** Returns how many identities have no verdict yet. */
-    inFlight: mutex.inFlight,
-
     start: forwarder.start,
-
-    /** Resolves when no identity is in flight and the forwarder has stopped. */
-    async stop (): Promise<void> {
-      await mutex.idle()
-      await forwarder.stop()
-    }
+    stop: forwarder.stop
   }
 }

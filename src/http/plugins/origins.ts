@@ -4,7 +4,9 @@ import type { Config } from '../../config.ts'
 const EXPOSED = 'x-request-id, retry-after, ratelimit-limit, ratelimit-remaining, ratelimit-reset'
 const PREFLIGHT = {
   'access-control-allow-methods': 'GET, POST',
-  'access-control-allow-headers': 'content-type, prefer, x-request-id',
+  // Pages with Sentry or OpenTelemetry add tracing headers to every request.
+  'access-control-allow-headers': 'content-type, prefer, x-request-id, authorization, x-api-key, traceparent, ' +
+    'tracestate, baggage, sentry-trace, x-requested-with',
   'access-control-max-age': '600'
 }
 

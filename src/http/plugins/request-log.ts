@@ -8,6 +8,9 @@ export interface LogLine {
   code?: string
   cause?: string
   insert_id?: string
+  mixpanel_ms?: number
+  attempts?: number
+  events?: number
   identities?: number
   queued?: number
   failed?: number

@@ -7,7 +7,7 @@ import { isTooLarge, type PendingEvent } from '../../identity/event.ts'
 import {
   checkRules, Identity, MAX_IDENTITY_BYTES, checkSize, type FieldError
 } from '../../identity/identity.ts'
-import type { Verdict } from '../../identity/verdict.ts'
+import { hasFailed, type Failure, type Verdict } from '../../identity/verdict.ts'
 import type { Relay } from '../../relay/relay.ts'
 import type { Bodies } from '../body.ts'
 import { checkUtf8, outline, parseJson } from '../json.ts'
@@ -100,13 +100,14 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
     if (!Array.isArray(looked)) return reply.headers(looked.headers ?? {}).problem(looked.code, looked)
 
     const isAsync = prefersAsync(request.headers.prefer)
+    const failures = new Map<string, Verdict>()
     const outcomes = await Promise.all(looked.map((one): Outcome | Promise<Outcome> =>
-      Array.isArray(one) ? one : relay.identify(one, { isAsync }).catch((bug: Error) => bug)))
+      Array.isArray(one) ? one : relay.identify(one, { isAsync, failures }).catch((bug: Error) => bug)))
     let retryAfter = 0
     let queued = 0
     let failed = 0
     const results = outcomes.map((outcome, index) => {
-      if ('code' in outcome && (outcome.code === 'accepted' || outcome.code === 'queued')) {
+      if ('code' in outcome && !hasFailed(outcome)) {
         if (outcome.code === 'queued') queued++
         return { index, status: outcome.code }
       }
@@ -203,9 +204,11 @@ function locateIdentities (
 }
 
 /** Returns the problem of an identity that is neither accepted nor queued. */
-function problemOf (outcome: Outcome): [code: ProblemCode, extras: ProblemOptions] {
+function problemOf (
+  outcome: FieldError[] | Error | (Verdict & { code: Failure })
+): [code: ProblemCode, options: ProblemOptions] {
   if (outcome instanceof Error) return ['internal', {}]
-  if (!Array.isArray(outcome)) return toProblem(outcome as Parameters<typeof toProblem>[0])
+  if (!Array.isArray(outcome)) return toProblem(outcome)
   return ['invalid_request', outcome.length > 0 ? { errors: outcome } : { detail: UNLISTED }]
 }
 

@@ -4,6 +4,7 @@ import type { FastifyReply, FastifyRequest } from 'fastify'
 import type { Slices } from '../../concurrency/slices.ts'
 import { isTooLarge } from '../../identity/event.ts'
 import { checkRules, Identity, MAX_IDENTITY_BYTES, checkSize } from '../../identity/identity.ts'
+import { hasFailed } from '../../identity/verdict.ts'
 import { parseAsJson, type Bodies } from '../body.ts'
 import { problemResponses } from '../problem.ts'
 import { fieldErrors } from '../validation.ts'
@@ -96,9 +97,10 @@ export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay,
     reply.logLine.insert_id = event.insertId
     const isAsync = prefersAsync(request.headers.prefer)
     const verdict = await relay.identify(event, { isStrict: request.query.strict === '1', isAsync })
+    Object.assign(reply.logLine, verdict.sent)
     if (verdict.code === 'accepted') return sendAccepted(reply)
-    if ('cause' in verdict) reply.logLine.cause = verdict.cause
-    if (verdict.code === 'queued') return answerQueued(reply, isAsync).send({ status: 'queued' })
-    return reply.problem(...toProblem(verdict))
+    if (verdict.cause !== undefined) reply.logLine.cause = verdict.cause
+    if (hasFailed(verdict)) return reply.problem(...toProblem(verdict))
+    return answerQueued(reply, isAsync).send({ status: 'queued' })
   })
 }

@@ -3,7 +3,7 @@ import type { FastifyReply } from 'fastify'
 import { tooLong } from '../body.ts'
 import type { ProblemOptions, ProblemCode } from '../problem.ts'
 import { MAX_IDENTITY_BYTES, type FieldError } from '../../identity/identity.ts'
-import type { Verdict } from '../../identity/verdict.ts'
+import type { Failure, Verdict } from '../../identity/verdict.ts'
 
 /** Both identity routes report schema errors together with the rules that no schema can express. */
 export const identityRoute = { attachValidation: true }
@@ -32,11 +32,6 @@ export function answerQueued (reply: FastifyReply, isAsync: boolean): FastifyRep
 }
 
 /** Returns a verdict as a problem. Both have the same codes. */
-export function toProblem (
-  verdict: Exclude<Verdict, { code: 'accepted' | 'queued' }>
-): [code: ProblemCode, options: ProblemOptions] {
-  return [verdict.code, {
-    ...'reason' in verdict && { detail: verdict.reason },
-    ...'retryAfter' in verdict && { retryAfter: verdict.retryAfter }
-  }]
+export function toProblem ({ code, reason, retryAfter }: Verdict & { code: Failure }): [ProblemCode, ProblemOptions] {
+  return [code, { ...reason !== undefined && { detail: reason }, ...retryAfter !== undefined && { retryAfter } }]
 }
