@@ -79,8 +79,8 @@ export const Environment = Type.Object({
   REDIS_URL: Type.Optional(secret({ format: 'redis-url' }, 'must be a redis:// or rediss:// URL')),
   OUTBOX: Type.String({
     default: 'off',
-    pattern: '^(off|redis|file:[^~].*)$',
-    rule: 'must be off, redis or file:<directory>, and no shell expands ~ here'
+    pattern: '^(off|redis|file:.+)$',
+    rule: 'must be off, redis or file:<directory>'
   }),
   SHUTDOWN_DELAY_MS: integer(0, 600_000, 0),
   SHUTDOWN_TIMEOUT_MS: integer(1, 600_000, 10_000)
@@ -105,7 +105,7 @@ export function readConfig (env: Env, readFile: (path: string) => string): Confi
   for (const [name, schema] of Object.entries<TSchema>(Environment.properties)) {
     const isFile = schema.secret === true && Boolean(env[`${name}_FILE`])
     const raw = isFile ? secretFromFile(name, env, readFile, mistakes) : env[name]
-    if (raw && !isBare(raw)) {
+    if (raw && schema.type === 'string' && !isBare(raw)) {
       mistakes.set(name, `${name} must not have white space or quotes around its value.`)
     }
     if (raw) values[name] = decode(schema, raw)
@@ -135,6 +135,9 @@ function conflicts (config: Config, env: Env): string[] {
     .map(name => `${name} is not supported by this version: unset it.`)
   if ((config.MIXPANEL_SERVICE_ACCOUNT === undefined) !== (config.MIXPANEL_PROJECT_ID === undefined)) {
     sentences.push('MIXPANEL_SERVICE_ACCOUNT and MIXPANEL_PROJECT_ID must be set together.')
+  }
+  if (config.OUTBOX.startsWith('file:~')) {
+    sentences.push('OUTBOX must not begin with file:~, which only a shell expands.')
   }
   if (config.OUTBOX === 'redis' && config.REDIS_URL === undefined) sentences.push('OUTBOX=redis needs REDIS_URL.')
   const isOpen = Value.Check(Environment.properties.HOST, config.HOST) && !isLoopback(config.HOST)

@@ -6,7 +6,7 @@ import { identity, leaks, startRelay, startSandbox, TOKEN } from './helper.ts'
 import { readConfig } from '../src/config.ts'
 import { identifyEvent } from '../src/identity/event.ts'
 import { baseUrl, createMixpanel } from '../src/mixpanel/client.ts'
-import { interpretBody, interpretError } from '../src/mixpanel/answer.ts'
+import { interpretBody, isPartial, interpretError } from '../src/mixpanel/answer.ts'
 
 const UUID = '5f0c8a1e-6a0b-4d53-9d3c-0a1f6f2b7c11'
 
@@ -75,6 +75,8 @@ t.test('a refusal carries Mixpanel\'s reason, with the token masked', async t =>
   sandbox.faults.add({ name: 'refused' })
   t.equal((await post(identity())).json().status, 'accepted', 'a 1 after the 0 is the answer')
   sandbox.faults.add({ name: 'refused' }, { name: 'edge_down', times: 2 })
+  t.match((await post(identity())).json(), { status: 502, code: 'mixpanel_unreachable' }, 'the second request may have been taken')
+  sandbox.faults.add({ name: 'refused' }, { name: 'rate_limited' })
   t.match((await post(identity())).json(), { code: 'refused_by_mixpanel', detail: /without a reason/ })
   sandbox.faults.add({ name: 'echo' })
   const { detail } = (await post(identity())).json()
@@ -168,7 +170,7 @@ t.test('MIXPANEL_REGION and MIXPANEL_URL choose the base URL, with its path', as
   const { port } = server.address() as AddressInfo
   const gateway = createMixpanel(readConfig({ MIXPANEL_TOKEN: 'x', MIXPANEL_URL: `http://127.0.0.1:${port}/mixpanel/` }, () => ''))
   t.teardown(gateway.close)
-  t.same(await gateway.send(gateway.encode([identifyEvent(identity(), 0)]), 1000), { code: 'accepted' })
+  t.same(await gateway.send(gateway.encode([identifyEvent(identity(), 0)]), 1000), { code: 'accepted', taken: 'yes' })
   t.same(urls, ['/mixpanel/track?ip=0'])
 })
 
@@ -177,7 +179,7 @@ t.test('failed_records are read by index, and without an index as a reason for a
   const reason = 'one; two'
   t.match(answer({ index: 3, message: 'one' }, { index: 3, message: 'two' }), { reason, records: new Map([[3, reason]]) })
   t.match(answer({ message: 'one' }, 'two'), { reason, records: undefined })
-  t.match(interpretBody(200, '{"code":200,"num_records_imported":0,"status":"OK"}'), { code: 'mixpanel_misanswered' })
+  t.equal(isPartial(interpretBody(200, '{"code":200,"num_records_imported":0,"status":"OK"}'), 1), true)
 })
 
 t.test('a request that finds no free connection in time is not sent late', async t => {

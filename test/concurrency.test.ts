@@ -16,26 +16,20 @@ t.test('the batcher keeps order and bounds, answers late items, and passes on an
     maxBatch: 3,
     freeSends: 1,
     maxSends: 1,
-    maxItems: 8,
     late: { afterMs: 150, result: 'late' },
     isAlone: item => item >= 100
   })
   await batcher.idle()
   const results = [1, 2, 100, 3, 4, 5, 6, 7].map(item => batcher.add(item))
-  t.equal(batcher.add(8), undefined, 'a ninth item does not fit')
-  t.equal(batcher.inFlight(), 8)
-  await sleep(10)
-  t.equal(batcher.add(9), undefined, 'a ninth item does not fit during a send either')
   t.same(await Promise.all(results), ['result 1', 'result 2', 'result 100', 'late', 'late', 'late', 'late', 'late'])
   t.same(sent, [[1, 2], [100]])
   const bug = [batcher.add(13), batcher.add(14)]
   const idle = batcher.idle()
   await sleep(10)
   const later = batcher.add(15)
-  for (const result of bug) await t.rejects(result as Promise<string>, { message: 'a bug' })
+  for (const result of bug) await t.rejects(result, { message: 'a bug' })
   await idle
   t.equal(await later, 'result 15')
-  t.equal(batcher.inFlight(), 0)
 })
 
 t.test('the batcher bounds the bytes of an array', async t => {
@@ -60,7 +54,7 @@ t.test('the batcher bounds the bytes of an array', async t => {
 })
 
 t.test('the keyed mutex runs one task of a key at a time, and an exception reaches only its own caller', async t => {
-  const mutex = createKeyedMutex<string>(result => result === 'taken')
+  const mutex = createKeyedMutex()
   await mutex.idle()
   const log: string[] = []
   const work = (name: string, result: string, ms = 20) => async () => {
@@ -74,10 +68,11 @@ t.test('the keyed mutex runs one task of a key at a time, and an exception reach
   const rest = [mutex.run('x', work('b', 'no')), mutex.run('x', work('c', 'taken')), mutex.run('x', work('d', 'no')), mutex.run('x', work('e', 'no'))]
   const other = mutex.run('y', work('z', 'no', 1))
   t.equal(mutex.inFlight(), 6)
+  t.same([mutex.queued('x'), mutex.queued('y'), mutex.queued('z')], [4, 0, 0])
   await t.rejects(bug, { message: 'a bug' })
   await mutex.idle()
   t.same(await Promise.all([...rest, other]), ['no', 'taken', 'no', 'no', 'no'])
-  t.same(log, ['a begins', 'z begins', 'z ends', 'a ends', 'b begins', 'b ends', 'c begins', 'c ends', 'd begins', 'e begins', 'd ends', 'e ends'])
+  t.same(log, ['a begins', 'z begins', 'z ends', 'a ends', 'b begins', 'b ends', 'c begins', 'c ends', 'd begins', 'd ends', 'e begins', 'e ends'])
 })
 
 t.test('createSlices bounds the time that long tasks together take from the event loop', async t => {

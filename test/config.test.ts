@@ -58,6 +58,11 @@ t.test('each mistake is one sentence that shows no value', async t => {
   const rows: [env: Record<string, string>, sentence: RegExp][] = [
     [{ MIXPANEL_TOKEN: '' }, /^MIXPANEL_TOKEN is required\.$/],
     [{ MIXPANEL_TOKEN: 'two words' }, /^MIXPANEL_TOKEN must be a project token/],
+    ...['"t"', "'t'", '"t', 't`', ' t', 't\t'].map(token => [{ MIXPANEL_TOKEN: token }, /^MIXPANEL_TOKEN must not have white space or quotes around its value\.$/] as [Record<string, string>, RegExp]),
+    [{ MIXPANEL_TOKEN: '', MIXPANEL_TOKEN_FILE: '/run/quoted' }, /^MIXPANEL_TOKEN must not have white space or quotes/],
+    [{ OUTBOX: 'file:/d/data ' }, /^OUTBOX must not have white space or quotes/],
+    [{ OUTBOX: 'file:~/data' }, /^OUTBOX must not begin with file:~/],
+    ...['https://api.mixpanel.com/track', 'https://gateway.example/mixpanel/import/'].map(url => [{ MIXPANEL_URL: url }, /^MIXPANEL_URL must be .*without \/track/] as [Record<string, string>, RegExp]),
     [{ MIXPANEL_TOKEN_FILE: '/run/token' }, /^MIXPANEL_TOKEN and MIXPANEL_TOKEN_FILE must not both be set\.$/],
     [{ MIXPANEL_TOKEN: '', MIXPANEL_TOKEN_FILE: '/run/none' }, /^MIXPANEL_TOKEN_FILE cannot be read \(ENOENT\)\.$/],
     [{ MIXPANEL_TOKEN: '', MIXPANEL_TOKEN_FILE: '/run/empty' }, /^MIXPANEL_TOKEN is required\.$/],
@@ -85,7 +90,7 @@ t.test('each mistake is one sentence that shows no value', async t => {
     ...['API_KEYS', 'API_KEYS_FILE', 'JWT_SECRET', 'JWT_JWKS_URL', 'METRICS_PORT'].map(name => [{ [name]: 'x' }, new RegExp(`^${name} is not supported by this version`)] as [Record<string, string>, RegExp])
   ]
   for (const [env, sentence] of rows) {
-    const found = mistakes({ ...good, ...env }, { '/run/token': 'CANARY-SECRET', '/run/empty': '\n' })
+    const found = mistakes({ ...good, ...env }, { '/run/token': 'CANARY-SECRET', '/run/empty': '\n', '/run/quoted': '"CANARY-SECRET"\n' })
     t.equal(found.length, 1, JSON.stringify(env))
     t.match(found[0], sentence, JSON.stringify(env))
     t.notMatch(found.join(), /CANARY|two words|u:p/)

@@ -12,8 +12,8 @@ import { createQuarantine } from '../src/relay/quarantine.ts'
 import type { Verdict } from '../src/identity/verdict.ts'
 import { identity, setPerformanceNow } from './helper.ts'
 
-const down: Verdict = { code: 'mixpanel_unreachable', cause: 'status 503', isTransient: true }
-const accepted: Verdict = { code: 'accepted' }
+const down: Verdict = { code: 'mixpanel_unreachable', taken: 'unknown', cause: 'status 503' }
+const accepted: Verdict = { code: 'accepted', taken: 'yes' }
 
 const userOf = (event: OutgoingEvent['event']) => parseEvent(event).properties.$identified_id
 
@@ -47,12 +47,12 @@ function start (t: Test, count: number, answer: (items: OutgoingEvent[]) => Verd
   } as unknown as Outbox
   const delivery = {
     async deliver (items: OutgoingEvent[]) {
-      if (!breaker.admits()) return items.map(() => ({ code: 'mixpanel_unavailable', retryAfter: breaker.retryAfter() }))
+      if (!breaker.admits()) return items.map(() => ({ code: 'mixpanel_unavailable', taken: 'no', retryAfter: breaker.retryAfter() }))
       arrays.push(items.map(({ event }) => userOf(event)))
       asked.push(Date.now())
       rounds.at(-1)?.arrays.push(items.length)
       const verdicts = answer(items)
-      breaker.record(!('isTransient' in verdicts[0]!))
+      breaker.record(verdicts[0]!.taken !== 'unknown')
       return verdicts
     },
     isOpen: breaker.isOpen
@@ -126,7 +126,7 @@ t.test('a success of a caller ends the pause of the forwarder', async t => {
 })
 
 t.test('after a 429 the forwarder waits for Retry-After, or five seconds while others are accepted', async t => {
-  const { rounds, pass, forwarder } = start(t, 10, items => items.map(() => ({ code: 'mixpanel_rate_limited', cause: 'status 429', retryAfter: 30 })))
+  const { rounds, pass, forwarder } = start(t, 10, items => items.map(() => ({ code: 'mixpanel_rate_limited', taken: 'no', cause: 'status 429', retryAfter: 30 })))
   await pass(29, 0.5)
   t.equal(rounds.length, 1)
   await pass(2)
@@ -144,7 +144,7 @@ t.test('after a 429 the forwarder waits for Retry-After, or five seconds while o
 
 t.test('after a 429 for one array the other arrays are settled, and no more are sent before Retry-After', async t => {
   const { arrays, pass, pending, forwarder } = start(t, 1000, items => items.map(({ event }) =>
-    userOf(event) === 'user-70' ? { code: 'mixpanel_rate_limited', cause: 'status 429', retryAfter: 30 } : accepted))
+    userOf(event) === 'user-70' ? { code: 'mixpanel_rate_limited', taken: 'no', cause: 'status 429', retryAfter: 30 } : accepted))
   await pass(29, 0.5)
   t.equal(arrays.length, 6)
   t.equal(pending(), 701)
@@ -185,7 +185,7 @@ t.test('events of one anonymous id are sent one at a time and in order, without 
     ? { identified_id: `rival-${Math.floor(index / 3)}`, anon_id: anon }
     : { identified_id: `user-${index}` })
   const isRival = ({ event }: OutgoingEvent) => userOf(event).startsWith('rival')
-  const { arrays, pass, pending, forwarder } = start(t, 900, items => items.map(item => isRival(item) ? { code: 'refused_by_mixpanel' } : accepted), {}, given)
+  const { arrays, pass, pending, forwarder } = start(t, 900, items => items.map(item => isRival(item) ? { code: 'refused_by_mixpanel', taken: 'no' } : accepted), {}, given)
   await pass(5)
   t.equal(pending(), 0)
   const order = arrays.map(array => array.filter(id => id.startsWith('rival')))
@@ -209,7 +209,7 @@ t.test('once an event of an anonymous id is accepted, the others of that id are 
 t.test('a deferred event holds back later events of its anonymous id', async t => {
   const sameAnonId = { anon_id: '5f0c8a1e-6a0b-4d53-9d3c-0a1f6f2b7c11' }
   let isRefused = true
-  const notAsked: Verdict = { code: 'mixpanel_unavailable', retryAfter: 1 }
+  const notAsked: Verdict = { code: 'mixpanel_unavailable', taken: 'no', retryAfter: 1 }
   const { arrays, pass, pending, forwarder } = start(t, 100, items => items.map(({ event }) => {
     if (userOf(event) !== 'user-1' || !isRefused) return accepted
     isRefused = false
@@ -296,6 +296,6 @@ t.test('the quarantine holds a thousand anonymous ids', async t => {
 
 t.test('a final verdict has a reason for the dead letter', async t => {
   const entry: Entry = { id: '1', event: identifyEvent(identity(), 0) }
-  t.equal(finalReason(entry, { code: 'refused_by_mixpanel' }), 'refused by Mixpanel, without a reason')
-  t.equal(finalReason(entry, { code: 'mixpanel_rejected_credentials', cause: 'status 401' }), undefined, 'the operator can correct the credentials, so the event is kept')
+  t.equal(finalReason(entry, { code: 'refused_by_mixpanel', taken: 'no' }), 'refused by Mixpanel, without a reason')
+  t.equal(finalReason(entry, { code: 'mixpanel_rejected_credentials', taken: 'no', cause: 'status 401' }), undefined, 'the operator can correct the credentials, so the event is kept')
 })

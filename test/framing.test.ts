@@ -73,7 +73,7 @@ t.test('paths, methods, media types, charsets and sizes have their statuses', as
   const { inject, post, sandbox } = await startRelay(t)
   const rows: [method: string, url: string, status: number, code: string, allow?: string][] = [
     ['GET', '/nope', 404, 'not_found'],
-    ['POST', '/identify/', 404, 'not_found'],
+    ['POST', '/identify/', 400, 'invalid_request'],
     ['GET', '/', 404, 'not_found'],
     ['OPTIONS', '/nope', 404, 'not_found'],
     ['GET', '/identify', 405, 'method_not_allowed', 'POST'],

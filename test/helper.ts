@@ -59,7 +59,7 @@ export async function startRelay (t: Test, { env = {}, sandbox: sandboxOptions =
     }
   })
   const outbox = await openOutbox(config, redis, logger)
-  const client = createMixpanel(config)
+  const client = createMixpanel(config, logger)
   const relay = createRelay(config, client, logger, outbox)
   relay.start()
   const app = await buildApp(config, { relay, redis, logger, logRequest, document: async () => (await openapi(config)).document })

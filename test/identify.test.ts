@@ -10,7 +10,7 @@ const properties = (count: number) => Object.fromEntries(Array.from({ length: co
 
 t.test('a valid identity becomes one $identify event, byte for byte', async t => {
   const { post, sandbox } = await startRelay(t)
-  for (const identified of ['user-42', 'a+b&c%20d@x.com', 'é', '😀', 'a=b', 'x'.repeat(255), '😀'.repeat(255), 'a b', '"\\', '%']) {
+  for (const identified of ['user-42', 'a+b&c%20d@x.com', 'é', '😀', 'a=b', 'x'.repeat(255), '😀'.repeat(63), 'a b', '"\\', '%']) {
     for (const anon of [randomUUID(), randomUUID().toUpperCase(), `$device:${randomUUID()}`]) {
       const answer = await post({ identified_id: identified, anon_id: anon })
       t.equal(answer.statusCode, 200)

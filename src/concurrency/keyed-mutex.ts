@@ -1,41 +1,35 @@
 import { createInFlight } from './in-flight.ts'
 
-/**
- * A mutex for each key: tasks with one key run one at a time, in the order of the calls. Once `isDecided` returns true
- * for a result, order no longer matters, and all queued tasks of that key start at once.
- */
-export function createKeyedMutex<Result> (isDecided: (result: Result) => boolean) {
-  /** Callbacks that start the queued tasks of a key. The argument is true for a task that holds the lock. */
-  const queues = new Map<string, ((holdsLock: boolean) => void)[]>()
+/** A mutex for each key: tasks with one key run one at a time, in the order of the calls. */
+export function createKeyedMutex () {
+  /** Callbacks that start the queued tasks of a key, whose first task runs. */
+  const queues = new Map<string, (() => void)[]>()
   const inFlight = createInFlight()
 
-  async function run (key: string, task: () => Promise<Result>): Promise<Result> {
+  async function run<Result> (key: string, task: () => Promise<Result>): Promise<Result> {
     inFlight.begin()
     const queue = queues.get(key)
     if (queue === undefined) queues.set(key, [])
-    const holdsLock = queue === undefined || await new Promise<boolean>(resolve => queue.push(resolve))
-    let isFinal = false
+    else await new Promise<void>(resolve => queue.push(resolve))
     try {
-      const result = await task()
-      isFinal = isDecided(result)
-      return result
+      return await task()
     } finally {
-      if (holdsLock) release(key, isFinal)
+      release(key)
       inFlight.end()
     }
   }
 
-  function release (key: string, isFinal: boolean): void {
-    const queue = queues.get(key) as ((holdsLock: boolean) => void)[]
-    const next = isFinal ? undefined : queue.shift()
-    if (next !== undefined) return next(true)
-    queues.delete(key)
-    for (const start of queue) start(false)
+  function release (key: string): void {
+    const next = queues.get(key)?.shift()
+    if (next === undefined) queues.delete(key)
+    else next()
   }
 
   return {
     /** Resolves with the result of `task`, which starts after the earlier tasks with the same key. */
     run,
+    /** Returns how many tasks of a key wait for the one that runs. */
+    queued: (key: string) => queues.get(key)?.length ?? 0,
     inFlight: inFlight.count,
     /** Resolves when every task has its result. */
     idle: inFlight.idle

@@ -92,8 +92,8 @@ export function settle (answer: Answer, doubt?: Answer): Verdict {
     (doubt.code === 'refused_by_mixpanel' && answer.code === 'refused_by_mixpanel')
   if (isSettled) return toVerdict(answer)
   if (doubt.code !== 'refused_by_mixpanel') return toVerdict(doubt)
-  const cause = `${answer.cause ?? answer.code} after a refused array`
-  return { code: 'mixpanel_unreachable', taken: 'unknown', cause }
+  const code = answer.code === 'mixpanel_timed_out' ? answer.code : 'mixpanel_unreachable'
+  return { code, taken: 'unknown', cause: `${answer.cause ?? answer.code} after a refused array` }
 }
 
 function toVerdict ({ code, taken, cause, reason, retryAfter }: Answer): Verdict {

@@ -20,12 +20,12 @@ export function createBisect<Item> ({ send, isTerse }: Options<Item>): (items: I
   async function deliver (items: Item[], isPart: boolean, doubt?: Answer): Promise<Verdict[]> {
     const { answer, lost } = await send(items, isPart && items.length === 1)
     const known = stronger(lost, doubt)
-    if (items.length === 1) return [await deliverAlone(items, answer, isPart, known)]
-    const { code, records, imported } = answer
+    if (items.length === 1) return [await deliverAlone(items, imported(answer), isPart, known)]
+    const { code, records, imported: count } = answer
     if (code === 'refused_by_mixpanel' && records !== undefined) {
       // The listed records are the refused ones only if Mixpanel reports all others as imported.
       const listed = items.filter((_, index) => records.has(index)).length
-      if (listed === records.size && imported === items.length - listed) {
+      if (listed === records.size && count === items.length - listed) {
         return items.map((_, index) => {
           const reason = records.get(index)
           return settle(reason === undefined ? ACCEPTED : { ...REFUSED, reason }, known)
@@ -48,9 +48,9 @@ export function createBisect<Item> ({ send, isTerse }: Options<Item>): (items: I
     const hasNoReason = answer.code === 'refused_by_mixpanel' && answer.reason === undefined
     if (!hasNoReason || isPart || !isTerse(items)) return settle(answer, doubt)
     const second = await send(items, true)
-    const isInformative = second.answer.taken !== 'no' || second.answer.code === 'refused_by_mixpanel' ||
-      second.answer.cause === TEMPORARY
-    return settle(isInformative ? second.answer : answer, stronger(second.lost, doubt))
+    const { taken, code, cause } = second.answer
+    const isInformative = taken !== 'no' || code === 'refused_by_mixpanel' || cause === TEMPORARY
+    return settle(isInformative ? imported(second.answer) : answer, stronger(second.lost, doubt))
   }
 
   return items => deliver(items, false)
@@ -58,6 +58,10 @@ export function createBisect<Item> ({ send, isTerse }: Options<Item>): (items: I
 
 const ACCEPTED: Answer = { code: 'accepted', taken: 'yes' }
 const REFUSED: Answer = { code: 'refused_by_mixpanel', taken: 'no' }
+const NOT_IMPORTED: Answer = { code: 'mixpanel_misanswered', taken: 'unknown', cause: 'another number imported' }
+
+/** Returns the answer to a lone event, unless it is a success of no event. */
+const imported = (answer: Answer) => isPartial(answer, 1) ? NOT_IMPORTED : answer
 
 /** Returns the doubt that is harder to settle: a lost answer rather than the refusal of an array. */
 function stronger (one: Answer | undefined, other: Answer | undefined): Answer | undefined {

@@ -20,6 +20,10 @@ export type Relay = ReturnType<typeof createRelay>
  */
 const FREE_SENDS = 6
 
+/** The most identities that wait for others with their anonymous id: more would run out of time. */
+const MAX_QUEUED = 256
+const CROWDED: Verdict = { ...OVERLOADED, reason: 'Too many identities with this anonymous id are in flight.' }
+
 /** Events from before this release come from a wrong clock, and Mixpanel would drop them. In seconds. */
 const EARLIEST_TIME = Date.UTC(2026, 10, 1) / 1000
 const CLOCK_IS_WRONG: Verdict = { ...OVERLOADED, reason: 'The clock of the relay is wrong; its operator must set it.' }
@@ -54,9 +58,8 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
   })
   const storeAndForward = outbox && createStoreAndForward(config, { outbox, send: batcher.add, delivery, log })
   const logError = throttledError((fields, message) => log.error(fields, message), ERROR_INTERVAL_MS)
-  // The first user of an anonymous id keeps it for ever, so identities with one anonymous id are in flight one at a
-  // time. Once one is accepted, the order of the others no longer matters.
-  const mutex = createKeyedMutex<Verdict>(({ code }) => code === 'accepted')
+  // The first user of an anonymous id keeps it for ever, so identities with one anonymous id are sent one at a time.
+  const mutex = createKeyedMutex()
 
   async function identifyNext (
     item: OutgoingEvent, isAsync: boolean, failures: Map<string, Verdict>
@@ -78,6 +81,7 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
     async identify (event: PendingEvent, options: IdentifyOptions = {}): Promise<Verdict> {
       const { isStrict = false, isAsync = false, failures = new Map() } = options
       if (mutex.inFlight() >= config.MAX_IN_FLIGHT) return OVERLOADED
+      if (mutex.queued(event.anonKey) >= MAX_QUEUED) return CROWDED
       if (event.time < EARLIEST_TIME) {
         logError({ time: event.time }, 'clock before the date of this release')
         return CLOCK_IS_WRONG
