@@ -1,5 +1,10 @@
+import { createServer, type AddressInfo } from 'node:net'
+import { once } from 'node:events'
 import { t } from 'tap'
+import { readConfig } from '../src/config.ts'
+import { identifyEvent } from '../src/identity/event.ts'
 import { interpretBody, isPartial, settle, type Answer } from '../src/mixpanel/answer.ts'
+import { createMixpanel } from '../src/mixpanel/client.ts'
 import { identity, startRelay } from './helper.ts'
 import { checkSequence } from './verdict-model.ts'
 
@@ -72,4 +77,38 @@ t.test('a clock that differs from the one of Mixpanel is logged once an hour', a
   t.capture(Date, 'now', () => now() + 120_000)
   for (let count = 0; count < 3; count++) t.equal((await post(identity())).statusCode, 200)
   t.match(logged().filter(({ msg }) => msg === 'clock differs from Mixpanel'), [{ level: 40, seconds: /^1(?:19|20|21)$/ }])
+})
+
+t.test('what a gateway sends before, after or around the final answer changes neither the verdict nor the number of sends', async t => {
+  const one = 'HTTP/1.1 200 OK\r\ncontent-length: 1\r\n\r\n1'
+  const rows: [bytes: string, code: string][] = [
+    [one, 'accepted'],
+    ['HTTP/1.1 102 Processing\r\n\r\n' + one, 'accepted'],
+    ['HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\nHTTP/1.1 103 Early Hints\r\n\r\n' + one, 'accepted'],
+    ['HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1;ext=1\r\n1\r\n0\r\nx-trailer: 1\r\n\r\n', 'accepted'],
+    ['HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n1', 'accepted'],
+    ['HTTP/1.0 200 OK\r\n\r\n1', 'accepted'],
+    [one.replace('200 OK', '200'), 'accepted'],
+    [one + 'HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n', 'accepted'],
+    ['HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 429 Too Many Requests\r\ncontent-length: 0\r\n\r\n', 'mixpanel_rate_limited'],
+    ['HTTP/1.1 503 Service Unavailable\r\ncontent-length: 10\r\n\r\n1', 'mixpanel_unreachable'],
+    ['HTTP/1.1 400 Bad Request\r\ncontent-length: 10\r\n\r\n1', 'refused_by_mixpanel']
+  ]
+  for (const [bytes, code] of rows) {
+    let requests = 0
+    const server = createServer(socket => {
+      socket.on('data', chunk => {
+        requests += String(chunk).split('POST /').length - 1
+        if (String(chunk).includes('data=')) socket.end(bytes)
+      }).on('error', () => {})
+    }).listen(0, '127.0.0.1')
+    await once(server, 'listening')
+    const { port } = server.address() as AddressInfo
+    const client = createMixpanel(readConfig({ MIXPANEL_TOKEN: 'x', MIXPANEL_URL: `http://127.0.0.1:${port}` }, () => ''))
+    const answer = await client.send(client.encode([identifyEvent(identity(), Date.now())]), 1000)
+    t.equal(answer.code, code, JSON.stringify(bytes))
+    t.equal(requests, 1)
+    await client.close()
+    server.close()
+  }
 })
