@@ -7,7 +7,7 @@ import { linger } from './lingering-close.ts'
 import { createReadThrottle, type ReadingCost } from './read-throttle.ts'
 import { createPipelining, endAfterAnswers, isLast, unfinished, type Pipeline } from './pipelining.ts'
 
-/** Node keeps at most this many headers of a request. Until the head ends, a tiny header takes ten times its size. */
+/** Node keeps at most this many headers. Until the head is complete, a tiny header takes ten times its size. */
 export const MAX_HEADERS = 128
 
 /** A request that is incomplete after this time gets 408, and its connection closes. */
@@ -23,7 +23,7 @@ const SWEEP_MS = 1000
 /** To keep the connection open, an unread body of up to this length is read and discarded. */
 const MAX_DISCARDED_BYTES = 65_536
 
-/** A client that opens a connection sends its request within this time. */
+/** A silent connection younger than this is new, and `evict` spares it at first. */
 const FRESH_MS = 100
 
 /** One address may hold this fraction of all connections: a quarter. */
@@ -39,14 +39,15 @@ interface Connection {
   /** When the connection opened, by performance.now(). */
   since: number
   pipeline: Pipeline
-  /** Bytes that had left at the last sweep, and the number of sweeps in a row in which none left. */
+  /** Bytes that had left at the last sweep, while more were waiting. */
   sentBytes: number
+  /** Sweeps in a row in which bytes were waiting and none left. */
   unreadSweeps: number
 }
 
 interface Options {
   config: Pick<Config, 'MAX_CONNECTIONS' | 'TRUST_PROXY'>
-  /** Counts requests that were refused unread against the rate limit of an address. */
+  /** Adds refused requests, which were never read, to the rate limit of their address. */
   charge: (address: string, count: number) => void
   /** Called with an error that keeps the server from accepting connections, such as EMFILE. */
   onError: (error: Error) => void
@@ -108,9 +109,9 @@ export function createConnections ({ config, charge, onError }: Options) {
   }
 
   /**
-   * Destroys one connection, of `address` or of all: the oldest that has sent no request and is not new. Otherwise the
-   * oldest idle one, then a new one, then one whose body still arrives; but a new one when these are more than half of
-   * all connections. Returns false when there is none of these.
+   * Destroys one connection, of `address` or of all: the oldest that has sent no request and is not new. Otherwise, in
+   * this order: the oldest idle one, a new one, one whose body still arrives. If new connections are more than half of
+   * all, a new one goes first. Returns false if there is nothing to close.
    */
   function evict (address?: string): boolean {
     let idle: Socket | undefined
@@ -165,7 +166,7 @@ export function createConnections ({ config, charge, onError }: Options) {
     serverFactory (handler: RequestListener): Server {
       const server = createServer({
         requestTimeout: REQUEST_TIMEOUT_MS,
-        // Node swaps the two when this one is longer. By default it looks for late requests every 30 s.
+        // If it were longer than requestTimeout, Node would swap the two. By default it looks for late requests every 30 s.
         headersTimeout: REQUEST_TIMEOUT_MS,
         connectionsCheckingInterval: 500,
         keepAliveTimeout: KEEP_ALIVE_MS,

@@ -1,7 +1,7 @@
 import { isTooLarge, type Verdict } from '../identity/verdict.ts'
 import { isPartial, settle, TEMPORARY, type Answer } from './answer.ts'
 
-/** Eight parts reduce 50 events to 1 in 3 rounds; halves need 7. */
+/** Eight parts need 3 sends in a row to get from 50 events to 1, the first included; halves need 7. */
 const BISECT_FANOUT = 8
 
 /** The last answer to a request, and the answer of an attempt before it after which Mixpanel may have its events. */
@@ -22,8 +22,8 @@ export function createBisect<Item> ({ send, isTerse }: Options<Item>): (items: I
     const known = stronger(lost, doubt)
     if (items.length === 1) return [await deliverAlone(items, imported(answer), isPart, known)]
     const { code, records, imported: count } = answer
+    // The list is complete only if Mixpanel reports all other events as imported.
     if (code === 'refused_by_mixpanel' && records !== undefined) {
-      // The listed records are the refused ones only if Mixpanel reports all others as imported.
       const listed = items.filter((_, index) => records.has(index)).length
       if (listed === records.size && count === items.length - listed) {
         return items.map((_, index) => {

@@ -33,7 +33,7 @@ export function createBreaker () {
         isProbing = false
         return
       }
-      // Failures of requests that were in flight when the breaker opened do not count.
+      // Between probes, late failures of older requests do not count.
       if (failures >= MAX_FAILURES && !isProbing) return
       failures++
       isProbing = false

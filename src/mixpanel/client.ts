@@ -71,7 +71,8 @@ export function createMixpanel (config: Config, log?: Pick<Log, 'warn'>) {
       encodeRequest(events, options, credentials, config),
 
     /**
-     * Sends a request once. Resolves within `timeoutMs`, or when a stalled process runs again; rejects only on a bug.
+     * Sends a request once. Resolves within `timeoutMs`; after a stall of this process, as soon as it runs again.
+     * Rejects only on a bug.
      * undici's `dispatch` is cheaper than its `request`: an answer of one byte needs no stream.
      */
     send: ({ path, headers, body }: EncodedRequest, timeoutMs: number) => new Promise<Answer>(resolve => {

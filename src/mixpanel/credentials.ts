@@ -2,7 +2,7 @@ import type { Config } from '../config.ts'
 
 export type Credentials = ReturnType<typeof createCredentials>
 
-/** The token and the values derived from it. No other layer has either. */
+/** The token and what requests carry of it. No layer to the left of `mixpanel/` uses either. */
 export function createCredentials (config: Config) {
   const { MIXPANEL_TOKEN: token, MIXPANEL_SERVICE_ACCOUNT: account } = config
   const closing = `,"token":${JSON.stringify(token)}}}`

@@ -57,7 +57,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     const [{ isStrict }] = items as [OutgoingEvent]
     const deadline = Math.min(...items.map(event => event.deadline))
     if (performance.now() >= deadline) return { answer: NEVER_SENT }
-    // Encode before asking the breaker: an error here must not leave its one probe without an outcome.
+    // If encoding threw after the breaker had admitted a probe, the probe would never get an outcome.
     const request = mixpanel.encode(items.map(({ event }) => event), {
       endpoint: endpointOf(items), strict: isStrict, verbose: isVerbose
     })
@@ -68,6 +68,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     const due = performance.now() + time()
     const attempt = async (): Promise<Answer> => {
       for (const item of items) item.attempts = (item.attempts ?? 0) + 1
+      // A bug here is no failure of Mixpanel, but a probe needs an outcome.
       const answer = await mixpanel.send(request, time()).catch((error: Error) => {
         breaker.record(true)
         throw error
@@ -76,7 +77,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
       lastAnswer = { code: answer.code, at: Date.now() }
       return answer
     }
-    // When the deadline leaves less than half the usual time, a timeout says nothing about Mixpanel.
+    // When the deadline leaves less than half the usual time, a timeout does not count as a failure of Mixpanel.
     const isShort = time() < Math.min(config.MIXPANEL_TIMEOUT_MS, config.DEADLINE_MS) / 2
     const first = await attempt()
     const isStalled = performance.now() > due + STALL_MS

@@ -100,8 +100,8 @@ export function createForwarder (config: Config, outbox: Outbox, delivery: Deliv
         continue
       }
       pass.deferred.add(anonKey)
-      // The failure of a quarantined entry delays that entry alone. Others enter quarantine: one of them may be the
-      // cause, or Mixpanel is out of reach.
+      // The failure of a quarantined entry delays that entry alone. Others enter quarantine: one may have caused
+      // the failure. If Mixpanel was out of reach, `release` frees them later.
       if (!isFailure(verdict) || !quarantine.has(anonKey)) failed.push(verdict)
       if (isFailure(verdict)) quarantine.failed(anonKey)
     }

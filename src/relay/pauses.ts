@@ -43,7 +43,7 @@ export function createPauses () {
     },
     /** Resolves after `ms`, at most 30 s, or when Mixpanel accepts an event. */
     outage: (ms: number) => wait(Math.min(ms, LAST_PROBE_MS), false, 0),
-    /** Resolves after `ms`, or when Mixpanel accepts an event after the first five seconds. */
+    /** Resolves after `ms`. From the sixth second on, an accepted event ends the wait. */
     backoff: (ms: number) => wait(ms, false, RECOVERED_MS),
 
     added: () => { if (pause?.isIdle) pause.end() },

@@ -4,7 +4,10 @@ import { isTooLarge, type Verdict } from '../identity/verdict.ts'
 import type { Entry } from '../outbox/outbox.ts'
 import type { Quarantine } from './quarantine.ts'
 
-/** How many arrays may be in flight, and how many of them quarantined: five failures open the breaker. */
+/**
+ * At most this many arrays are in flight. Only two may be quarantined entries, so that these alone cannot cause the
+ * five failures that open the breaker.
+ */
 const MAX_ARRAYS = 8
 const MAX_QUARANTINED = 2
 
@@ -31,7 +34,7 @@ export interface Pass {
   after: string | undefined
   /** The anonKeys of entries that must wait for a later pass. */
   deferred: Set<string>
-  /** The anonKeys of which one entry is accepted and others were deferred: the anonymous id is taken. */
+  /** AnonKeys with an accepted entry and deferred ones. The anonymous id is taken, so the order of the rest is free. */
   decided: Set<string>
   madeProgress: boolean
 }
@@ -41,9 +44,9 @@ export const createPass = (decided = new Set<string>()): Pass =>
 
 /**
  * Returns the `entries` that may be in flight together, in arrays as full as possible, and the id of the `last` entry
- * that it looked at. For each anonKey only one pair of ids is in flight, and none behind a `deferred` entry. Adds the
- * anonKeys of entries that must wait to `deferred`. Once an anonKey is `decided`, order no longer matters. An array has
- * one endpoint and fits MAX_REQUEST_BYTES. A quarantined entry travels alone.
+ * that it looked at. For each anonKey only one pair of ids is in flight, and none behind a `deferred` entry. If an entry
+ * must wait, its anonKey is added to `deferred`. Once an anonKey is `decided`, order no longer matters. An array has one
+ * endpoint and fits MAX_REQUEST_BYTES. A quarantined entry travels alone.
  */
 export function planRound (
   entries: Entry[], { deferred, decided }: Pick<Pass, 'deferred' | 'decided'>, quarantine: Quarantine, config: Config
@@ -78,7 +81,7 @@ export function planRound (
     }
     last = entry.id
   }
-  // Quarantined entries come last: when the breaker admits one request as a probe, it is none of them.
+  // Quarantined entries come last, so the one probe that the breaker admits is an ordinary array.
   return { arrays: [...arrays, ...quarantined], last }
 }
 

@@ -1,13 +1,14 @@
 import { backoffMs } from './pauses.ts'
 
-/** The most keys. Beyond it the key with the oldest failure is removed, and its entries travel in arrays again. */
+/** Beyond this many keys, the one with the oldest failure is removed, and its entries travel in arrays again. */
 const MAX_KEYS = 1000
 
 export type Quarantine = ReturnType<typeof createQuarantine>
 
 /**
- * The anonKeys of entries in arrays on which Mixpanel failed. They pause, and then travel alone, so the next probe has
- * other entries. An entry that causes failures backs off and delays no other. The quarantine is lost with the process.
+ * The anonKeys of entries in arrays on which Mixpanel failed. Their entries pause and are then sent alone, so the
+ * breaker's next probe carries other entries. An entry that causes failures backs off and delays no other. The
+ * quarantine is lost with the process.
  */
 export function createQuarantine () {
   const keys = new Map<string, { failures: number, until: number }>()
