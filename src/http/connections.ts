@@ -166,8 +166,9 @@ export function createConnections ({ config, charge, onError }: Options) {
     serverFactory (handler: RequestListener): Server {
       const server = createServer({
         requestTimeout: REQUEST_TIMEOUT_MS,
-        // If it were longer than requestTimeout, Node would swap the two. By default it looks for late requests every 30 s.
+        // If it were longer than requestTimeout, Node would swap the two.
         headersTimeout: REQUEST_TIMEOUT_MS,
+        // By default Node looks for late requests every 30 s.
         connectionsCheckingInterval: 500,
         keepAliveTimeout: KEEP_ALIVE_MS,
         // plugins/framing refuses a missing Host with a problem; Node's own response has none.

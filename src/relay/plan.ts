@@ -44,9 +44,9 @@ export const createPass = (decided = new Set<string>()): Pass =>
 
 /**
  * Returns the `entries` that may be in flight together, in arrays as full as possible, and the id of the `last` entry
- * that it looked at. For each anonKey only one pair of ids is in flight, and none behind a `deferred` entry. If an entry
- * must wait, its anonKey is added to `deferred`. Once an anonKey is `decided`, order no longer matters. An array has one
- * endpoint and fits MAX_REQUEST_BYTES. A quarantined entry travels alone.
+ * that it looked at. For each anonKey only one pair of ids is in flight, and none behind a `deferred` entry. If an
+ * entry must wait, its anonKey is added to `deferred`. Once an anonKey is `decided`, order no longer matters. An array
+ * has one endpoint and fits MAX_REQUEST_BYTES. A quarantined entry travels alone.
  */
 export function planRound (
   entries: Entry[], { deferred, decided }: Pick<Pass, 'deferred' | 'decided'>, quarantine: Quarantine, config: Config
