@@ -145,10 +145,10 @@ t.test('strict=1 makes Mixpanel validate; dry_run=1 shows the event and sends no
 
 t.test('beyond MAX_IN_FLIGHT an identity gets 503 at once', async t => {
   const { post, sandbox, inject } = await startRelay(t, { env: { MAX_IN_FLIGHT: '2' } })
-  sandbox.faults.add({ name: 'wait', ms: 1000, times: 2 })
+  sandbox.faults.add({ name: 'wait', ms: 2000, times: 2 })
   const waiting = [post(identity()), post(identity())]
-  await sleep(100)
-  t.match((await inject({ url: '/readyz?verbose' })).json(), { status: 'ready', parts: { in_flight: 2 } })
+  const inFlight = async () => (await inject({ url: '/readyz?verbose' })).json().parts.in_flight
+  while (await inFlight() < 2) await sleep(20)
   const refused = await post(identity())
   t.match(refused.json(), { status: 503, code: 'overloaded', retryable: true })
   t.match(refused.headers, { 'retry-after': '1' })

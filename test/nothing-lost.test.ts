@@ -119,7 +119,7 @@ t.test('two relays share outbox and limits through a Redis that stops, dies and 
   t.same(violations([...callers.calls, ...elsewhere.calls], sandbox.ledger.rows(), { repeats: 20, doubtful: 21 }), [])
   for (const server of relays) t.same(leaks(server.output()), [])
 
-  const limited = await Promise.all([0, 1].map(() => startServer(t, sandbox.url, { REDIS_URL: `${redis.url}/1`, RATE_LIMIT_MAX: '6' })))
+  const limited = await Promise.all([0, 1].map(() => startServer(t, sandbox.url, { REDIS_URL: `${redis.url}/1`, RATE_LIMIT_MAX: '6' }, { isCovered: true })))
   const statuses: number[] = []
   for (let count = 0; count < 10; count++) {
     const answer = await fetch(`${limited[count % 2]!.url}/identify`, { method: 'POST', body: JSON.stringify(identity()) })

@@ -127,7 +127,7 @@ t.test('a directory belongs to one relay, which answers the outbox commands', as
   t.same(violations(callers.calls, sandbox.ledger.rows(), { repeats: 400 }), [])
 })
 
-t.test('the outbox commands say why they cannot reach an outbox', async t => {
+t.test('the outbox commands ask the relay, or open the outbox, or say why they cannot', async t => {
   const config = readConfig({ MIXPANEL_TOKEN: TOKEN }, () => '')
   const run = async (env: Partial<typeof config>) => {
     for await (const text of outboxCommand({ ...config, ...env }, ['list'])) t.comment(text)
@@ -139,6 +139,9 @@ t.test('the outbox commands say why they cannot reach an outbox', async t => {
   const outbox = openSqlite(directory, projectFingerprint(config), silent)
   await t.rejects(run({ OUTBOX: `file:${directory}` }),
     { name: 'UsageError', message: /^The process that uses \/.*\/outbox does not accept commands \(ENOENT\): stop it first\.$/ })
+  const closeSocket = await serveAdminSocket(directory, async function * () { yield 'from the relay' })
+  await run({ OUTBOX: `file:${directory}` })
+  closeSocket()
   await outbox.close()
   await run({ OUTBOX: `file:${directory}` })
   const long = `${t.testdir({})}/${'long'.repeat(40)}`
