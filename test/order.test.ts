@@ -45,6 +45,16 @@ t.test('two callers 50 ms apart, the first one meets a 503: the first keeps the 
   t.same(sandbox.ledger.rows().map(({ properties }) => properties.$identified_id), ['first', 'second'])
 })
 
+t.test('at most 256 claims wait behind one on their anonymous id', async t => {
+  const { inject, sandbox } = await startRelay(t)
+  sandbox.faults.add({ name: 'wait', ms: 500 })
+  const anon = randomUUID()
+  const identities = Array.from({ length: 260 }, () => identity({ anon_id: anon }))
+  const { results } = (await inject({ method: 'POST', url: '/identify/batch', payload: { identities } })).json()
+  t.same(results.filter(({ status }: { status: string }) => status === 'failed').map(({ index }: { index: number }) => index), [257, 258, 259])
+  t.match(results[259].problem, { status: 503, code: 'overloaded', retryable: true, detail: /anonymous id/ })
+})
+
 t.test('after a retryable failure the later claims of its batch are not sent, and fail alike', async t => {
   const { inject, sandbox } = await startRelay(t, { env: { MAX_BATCH: '1' } })
   const anon = randomUUID()

@@ -145,3 +145,13 @@ t.test('OUTBOX=redis stores identities in the Redis of REDIS_URL', needsRedis, a
 t.test('a Redis that cannot be reached is an error without its password', async t => {
   await t.rejects(connectRedis('redis://:CANARY-SECRET@127.0.0.1:9', silent), { message: 'REDIS_URL: Redis cannot be reached (ECONNREFUSED)' })
 })
+
+t.test('a lost connection is logged with its last error', needsRedis, async t => {
+  const { url } = await startRedis(t)
+  const logged: object[] = []
+  const redis = await connectRedis(url, { ...silent, error: (fields, msg) => { logged.push({ ...fields, msg }) } })
+  redis.emit('error', new Error('an error without a code'))
+  redis.disconnect()
+  await once(redis, 'close')
+  t.same(logged, [{ cause: 'an error without a code', msg: 'Redis connection lost' }])
+})

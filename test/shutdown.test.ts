@@ -187,14 +187,14 @@ t.test('whenOrphaned calls back once when the parent or its parent changes', asy
 
 t.test('after a stop of the process what arrived counts, and the breaker stays closed', async t => {
   const sandbox = await startSandbox(t)
-  const { child, parts, post } = await startServer(t, sandbox.url, { MIXPANEL_TIMEOUT_MS: '1000', DEADLINE_MS: '1500', MAX_BATCH: '1' })
+  const { child, parts, post } = await startServer(t, sandbox.url, { MIXPANEL_TIMEOUT_MS: '1500', DEADLINE_MS: '2500', MAX_BATCH: '1' })
   await post()
   const pause = async (fault: 'wait' | 'hang') => {
     sandbox.faults.add({ name: fault, ms: 400, times: 10 })
     const answers = Promise.all(Array.from({ length: 10 }, () => post()))
     await sleep(200)
     child.kill('SIGSTOP')
-    await sleep(1800)
+    await sleep(2800)
     child.kill('SIGCONT')
     return new Set((await answers).map(({ status }) => status))
   }

@@ -3,6 +3,7 @@ import { once } from 'node:events'
 import { t } from 'tap'
 import { readConfig } from '../src/config.ts'
 import { identifyEvent } from '../src/identity/event.ts'
+import { NEVER_SENT } from '../src/identity/verdict.ts'
 import { interpretBody, isPartial, settle, type Answer } from '../src/mixpanel/answer.ts'
 import { createMixpanel } from '../src/mixpanel/client.ts'
 import { identity, startRelay } from './helper.ts'
@@ -21,6 +22,8 @@ t.test('an outcome that is unknown becomes known only by a success', async t => 
   t.match(settle(limit, lost), { code: 'mixpanel_timed_out', taken: 'unknown' })
   t.match(settle(zero, lost), { code: 'mixpanel_timed_out', taken: 'unknown' })
   t.match(settle(limit, zero), { code: 'mixpanel_unreachable', taken: 'unknown', cause: 'status 429 after a refused array' })
+  t.match(settle({ code: 'mixpanel_unavailable', taken: 'no', retryAfter: 1 }, zero), { code: 'mixpanel_unreachable', cause: 'mixpanel_unavailable after a refused array' })
+  t.match(settle(NEVER_SENT, zero), { code: 'mixpanel_timed_out', taken: 'unknown', cause: 'never sent after a refused array' })
   t.same(settle(zero, zero), { code: 'refused_by_mixpanel', taken: 'no', reason: 'no' }, 'a lone refusal settles the refusal of its array')
 })
 

@@ -33,13 +33,13 @@ export async function openapi (config: Config): Promise<{ document: object, yaml
   const app = await buildApp(config, {
     relay: createRelay(config, client, log.logger),
     ...log,
-    document: async () => ({}),
+    document: openapi.bind(undefined, config),
     async prepare (app) {
       await app.register(swagger, {
         openapi: about,
         transform: ({ schema, url, route: { config } }) =>
           ({ url, schema: { ...schema, ...config?.body !== undefined && { body: config.body } } }),
-        transformObject: document => 'openapiObject' in document ? nameSchemas(document.openapiObject) : {}
+        transformObject: document => nameSchemas((document as { openapiObject: object }).openapiObject)
       })
     }
   })
