@@ -1,3 +1,4 @@
+import { PassThrough } from 'node:stream'
 import swagger from '@fastify/swagger'
 import type { Config } from '../config.ts'
 import { createLog } from '../log.ts'
@@ -29,7 +30,7 @@ const about = {
  */
 export async function openapi (config: Config): Promise<{ document: object, yaml: string }> {
   const client = createMixpanel(config)
-  const log = createLog('silent', { write () {} })
+  const log = createLog('silent', new PassThrough())
   const app = await buildApp(config, {
     relay: createRelay(config, client, log.logger),
     ...log,
