@@ -8,7 +8,7 @@ import { parse } from 'yaml'
 import { whenOrphaned } from '../src/commands/npm-parent.ts'
 import { identity, leaks, listen, startRelay, startSandbox, TOKEN } from './helper.ts'
 import { SERVER, startProcess, startServer } from './processes.ts'
-import { exchange, get, halfOpenPeer, post } from './raw-http.ts'
+import { exchange, get, halfOpenPeer, post, statuses } from './raw-http.ts'
 
 t.test('once the shutdown has begun /readyz is 503, and requests are still served', async t => {
   const { app, inject, post } = await startRelay(t)
@@ -76,16 +76,23 @@ t.test('at SIGTERM the relay is not ready at once, answers what is in flight, an
 
 t.test('requests that arrive while the process is stopped in its shutdown are answered', async t => {
   const { url: upstream } = await startSandbox(t)
-  const { child, exit, until, post } = await startServer(t, upstream, { SHUTDOWN_DELAY_MS: '500' })
-  await Promise.all(Array.from({ length: 10 }, () => post()))
+  const { child, exit, until, port } = await startServer(t, upstream, { SHUTDOWN_DELAY_MS: '500' })
+  const open = Array.from({ length: 10 }, () => halfOpenPeer(t, port))
+  for (const { socket } of open) socket.write(post(JSON.stringify(identity())))
+  await Promise.all(open.map(({ answered }) => answered()))
   child.kill('SIGTERM')
   await until(/"shutdown started"/)
   child.kill('SIGSTOP')
-  // On the connections that are open, and on new ones.
-  const answers = Promise.all(Array.from({ length: 30 }, () => post()))
+  // The kernel accepts new connections for the stopped process.
+  const fresh = Array.from({ length: 20 }, () => halfOpenPeer(t, port))
+  await Promise.all(fresh.map(({ socket }) => once(socket, 'connect')))
+  for (const { socket } of [...open, ...fresh]) socket.write(post(JSON.stringify(identity())))
   await sleep(700)
   child.kill('SIGCONT')
-  t.same(new Set((await answers).map(({ status }) => status)), new Set([200]))
+  await Promise.all([...open.map(({ answered }) => answered(2)), ...fresh.map(({ answered }) => answered())])
+  for (const { text } of open) t.same(statuses(text()), [200, 200], 'a request on an open connection is answered')
+  for (const { text } of fresh) t.same(statuses(text()), [200], 'a request on a new connection is answered')
+  for (const { socket } of [...open, ...fresh]) socket.destroy()
   t.equal(await exit, 0)
 })
 
