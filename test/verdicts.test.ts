@@ -50,7 +50,7 @@ t.test('a success for some events of an array is no success for all', async t =>
   t.equal(isPartial(interpretBody(200, '1'), 4), false)
   t.match(interpretBody(200, '{"code":200,"error":["bad"]}'), { code: 'refused_by_mixpanel' })
   const { inject, sandbox } = await startRelay(t)
-  sandbox.faults.add({ name: 'imports_one' })
+  sandbox.faults.add({ name: 'imports_none' })
   const answer = await inject({ method: 'POST', url: '/identify/batch', payload: { identities: Array.from({ length: 4 }, () => identity()) } })
   t.equal(answer.statusCode, 200)
   t.equal(new Set(sandbox.ledger.rows().map(({ properties }) => properties.$insert_id)).size, 4, 'each event was sent again')

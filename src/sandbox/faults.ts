@@ -37,7 +37,7 @@ export const FAULTS = {
   names_one_takes_none: answer(400, 'application/json', JSON.stringify({
     code: 400, error: 'some failed', failed_records: [{ index: 0, message: 'bad' }], num_records_imported: 0
   })),
-  imports_one: answer(200, 'application/json', JSON.stringify({ code: 200, num_records_imported: 1, status: 'OK' })),
+  imports_none: answer(200, 'application/json', JSON.stringify({ code: 200, num_records_imported: 0, status: 'OK' })),
   unauthorized: answer(401, 'application/json', '{"code":401,"error":"Invalid credentials","status":"Unauthorized"}'),
   forbidden: answer(403, 'text/html', '<html><title>403 Forbidden</title>Your client does not have permission</html>'),
   too_large: answer(413, 'text/html', '<html><title>413 Request Entity Too Large</title></html>'),
