@@ -30,7 +30,8 @@ export async function killed (t: Test, { rounds, writers, isFlapping = false, en
     while (callers.calls.length < before + writers) await sleep(10)
     if (isFlapping) {
       sandbox.faults.clear()
-      await sleep(Math.random() * 300)
+      // The breaker sends its first probe after a second.
+      await sleep(800 + Math.random() * 700)
       if (round % 2 === 0) sandbox.faults.add(outage)
     }
     await server.kill()
