@@ -21,7 +21,7 @@ t.test('an answer that is not read for ten seconds closes its connection', async
 t.test('a request that is not complete after ten seconds gets 408', async t => {
   const { port } = await listen(t)
   const started = performance.now()
-  await Promise.all(['', 'POST /identify HTTP/1.1\r\nhost: x\r\n', 'POST /identify HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{'].map(async bytes => {
+  await Promise.all(['', 'POST /identify HTTP/1.1\r\nhost: x\r\n', 'POST /identify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{'].map(async bytes => {
     const { socket, ended } = halfOpenPeer(t, port)
     socket.write(bytes)
     const drip = setInterval(() => bytes !== '' && socket.write('x'), 500)
