@@ -3,7 +3,8 @@ import { once } from 'node:events'
 import { t } from 'tap'
 import { readConfig } from '../src/config.ts'
 import { identifyEvent } from '../src/identity/event.ts'
-import { NEVER_SENT } from '../src/identity/verdict.ts'
+import { PROBLEMS } from '../src/http/problem.ts'
+import { isRetryable, NEVER_SENT, type Failure } from '../src/identity/verdict.ts'
 import { interpretBody, isPartial, settle, type Answer } from '../src/mixpanel/answer.ts'
 import { createMixpanel } from '../src/mixpanel/client.ts'
 import { identity, startRelay } from './helper.ts'
@@ -113,5 +114,11 @@ t.test('what a gateway sends before, after or around the final answer changes ne
     t.equal(requests, 1)
     await client.close()
     server.close()
+  }
+})
+
+t.test('a verdict is retryable if its problem is', async t => {
+  for (const [code, { retryable }] of Object.entries(PROBLEMS)) {
+    if (/^mixpanel_|^refused|^overloaded/.test(code)) t.equal(isRetryable({ code: code as Failure, taken: 'no' }), retryable, code)
   }
 })

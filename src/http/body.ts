@@ -112,7 +112,7 @@ export function createBodies ({ config, recordCost }: Options) {
      */
     accept (app: FastifyInstance, { types, limit, share, parse }: ReaderOptions): void {
       const createLease = budget.share(share)
-      app.decorateRequest('lease', null as unknown as Lease)
+      app.decorateRequest('lease')
       app.addHook('onRequest', (request, reply, done) => {
         const lease = createLease()
         request.lease = lease

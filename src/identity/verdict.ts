@@ -53,7 +53,7 @@ export const isRetryable = ({ code }: Verdict) => RETRYABLE.has(code)
 export const isTooLarge = ({ cause }: Pick<Verdict, 'cause'>) => cause === 'status 413'
 
 /** Returns true for a status that no retry changes, such as a redirect or a 404. */
-export const isPermanent = ({ code, cause }: Pick<Verdict, 'code' | 'cause'>) =>
+const isPermanent = ({ code, cause }: Pick<Verdict, 'code' | 'cause'>) =>
   code === 'mixpanel_misanswered' && cause?.startsWith('status ') === true
 
 /** Returns true if the breaker kept the request from being sent. */

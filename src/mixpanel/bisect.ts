@@ -5,11 +5,11 @@ import { isPartial, settle, TEMPORARY, type Answer } from './answer.ts'
 const BISECT_FANOUT = 8
 
 /** The last answer to a request, and the answer of an attempt before it after which Mixpanel may have its events. */
-export interface Sent { answer: Answer, lost?: Answer }
+export interface SendResult { answer: Answer, lost?: Answer }
 
 interface Options<Item> {
   /** Sends events in one request. `isVerbose` asks for the reason of a refusal. */
-  send: (items: Item[], isVerbose: boolean) => Promise<Sent>
+  send: (items: Item[], isVerbose: boolean) => Promise<SendResult>
   /** Returns true if a refusal has a reason only with `isVerbose`. */
   isTerse: (items: Item[]) => boolean
 }

@@ -7,7 +7,7 @@ import { MAX_SENDS, type Mixpanel } from './client.ts'
 import { MAX_REQUEST_BYTES } from './encode.ts'
 import { NEVER_SENT, type Verdict } from '../identity/verdict.ts'
 import type { Answer } from './answer.ts'
-import { createBisect, type Sent } from './bisect.ts'
+import { createBisect, type SendResult } from './bisect.ts'
 
 /** An event to send. `deadline` is by performance.now(), safe from clock changes; in a batch the earliest counts. */
 export interface OutgoingEvent {
@@ -41,7 +41,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
   let lastAnswer: { code: Answer['code'], at: number } | undefined
 
   /** Sends when a slot is free. The parts of a split batch share the slots, and their timeouts start with the send. */
-  async function sendInSlot (items: OutgoingEvent[], isVerbose: boolean): Promise<Sent> {
+  async function sendInSlot (items: OutgoingEvent[], isVerbose: boolean): Promise<SendResult> {
     if (sends >= MAX_SENDS) await new Promise<void>(resolve => waiting.push(resolve))
     else sends++
     try {
@@ -53,7 +53,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     }
   }
 
-  async function sendWithRetry (items: OutgoingEvent[], isVerbose: boolean): Promise<Sent> {
+  async function sendWithRetry (items: OutgoingEvent[], isVerbose: boolean): Promise<SendResult> {
     const [{ isStrict }] = items as [OutgoingEvent]
     const deadline = Math.min(...items.map(event => event.deadline))
     if (performance.now() >= deadline) return { answer: NEVER_SENT }
