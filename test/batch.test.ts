@@ -1,7 +1,7 @@
 import { isDeepStrictEqual } from 'node:util'
 import fc from 'fast-check'
 import { t } from 'tap'
-import { outline } from '../src/http/json.ts'
+import { outline } from '#src/http/json.js'
 import { identity, listen, startRelay } from './helper.ts'
 import { exchange, get } from './raw-http.ts'
 

@@ -1,7 +1,9 @@
-import { connect } from 'node:net'
+import { once } from 'node:events'
+import { connect, createServer, type AddressInfo, type Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t, type Test } from 'tap'
-import { createByteBudget } from '../src/http/body.ts'
+import { createByteBudget } from '#src/http/body.js'
+import { linger } from '#src/http/lingering-close.js'
 import { identity, listen, startRelay, type Env } from './helper.ts'
 import { exchange, halfOpenPeer } from './raw-http.ts'
 
@@ -139,6 +141,18 @@ t.test('an ordinary client reads the answer to a body that is refused unread', a
     t.same(answers, [413, 413, 413, 404, 403, 415], 'each client reads the status of its refusal')
   }
   t.ok(app.server.listening, 'the relay still listens')
+})
+
+t.test('a connection that is closing is read for at most 1 MiB', async t => {
+  const server = createServer({ allowHalfOpen: true }).listen(0, '127.0.0.1')
+  t.teardown(() => server.close())
+  await once(server, 'listening')
+  const peer = connect({ port: (server.address() as AddressInfo).port, host: '127.0.0.1', allowHalfOpen: true }).on('error', () => {})
+  const [socket] = await once(server, 'connection') as [Socket]
+  linger(socket, () => {})
+  peer.write(Buffer.alloc(8_000_000))
+  await once(socket, 'close')
+  t.ok(socket.bytesRead > 1_048_576 && socket.bytesRead < 2 * 1_048_576, `${socket.bytesRead} bytes were read`)
 })
 
 t.test('after a refused body the relay reads at most 1 MiB more, for at most a second', async t => {

@@ -1,8 +1,8 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
-import { createBatcher } from '../src/concurrency/batcher.ts'
-import { createKeyedMutex } from '../src/concurrency/keyed-mutex.ts'
-import { createSlices } from '../src/concurrency/slices.ts'
+import { createBatcher } from '#src/concurrency/batcher.js'
+import { createKeyedMutex } from '#src/concurrency/keyed-mutex.js'
+import { createSlices } from '#src/concurrency/slices.js'
 
 t.test('the batcher keeps order and bounds, answers late items, and passes on an exception', async t => {
   const sent: number[][] = []

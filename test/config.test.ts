@@ -1,6 +1,6 @@
 import { readFileSync } from 'node:fs'
 import { t } from 'tap'
-import { ConfigError, Environment, isLoopback, readConfig, SECRETS } from '../src/config.ts'
+import { ConfigError, Environment, isLoopback, readConfig, SECRETS } from '#src/config.js'
 
 const good = { MIXPANEL_TOKEN: 'CANARY-SECRET' }
 const read = (env: Record<string, string | undefined>, files: Record<string, string> = {}) => readConfig(env, path => {

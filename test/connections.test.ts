@@ -2,7 +2,7 @@ import { connect, type Socket } from 'node:net'
 import { mock } from 'node:test'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
-import { createConnections } from '../src/http/connections.ts'
+import { createConnections } from '#src/http/connections.js'
 import { identity, listen } from './helper.ts'
 import { exchange, get, halfOpenPeer, post, statuses } from './raw-http.ts'
 

@@ -1,5 +1,5 @@
 import { isDeepStrictEqual } from 'node:util'
-import type { Row } from '../src/sandbox/ledger.ts'
+import type { Row } from '#src/sandbox/ledger.js'
 
 /** One request as its caller saw it; without a status the outcome is unknown to the caller. */
 export interface Call {

@@ -1,12 +1,12 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
 import { identity, setPerformanceNow, startRelay } from './helper.ts'
-import { createBreaker } from '../src/mixpanel/breaker.ts'
-import { readConfig } from '../src/config.ts'
-import { createDelivery } from '../src/mixpanel/delivery.ts'
-import { identifyEvent } from '../src/identity/event.ts'
-import type { Mixpanel } from '../src/mixpanel/client.ts'
-import type { Answer } from '../src/mixpanel/answer.ts'
+import { createBreaker } from '#src/mixpanel/breaker.js'
+import { readConfig } from '#src/config.js'
+import { createDelivery } from '#src/mixpanel/delivery.js'
+import { identifyEvent } from '#src/identity/event.js'
+import type { Mixpanel } from '#src/mixpanel/client.js'
+import type { Answer } from '#src/mixpanel/answer.js'
 
 type Relay = Awaited<ReturnType<typeof startRelay>>
 

@@ -1,7 +1,7 @@
 import { existsSync, readdirSync, readFileSync, statSync } from 'node:fs'
 import { dirname, join, normalize } from 'node:path'
 import { t } from 'tap'
-import { PROBLEMS } from '../src/http/problem.ts'
+import { PROBLEMS } from '#src/http/problem.js'
 
 const pages = ['README.md', ...readdirSync('docs').filter(name => name.endsWith('.md')).map(name => `docs/${name}`)]
 const textOf = (page: string) => readFileSync(page, 'utf8')

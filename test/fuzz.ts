@@ -3,7 +3,7 @@ import fc from 'fast-check'
 import type { Test } from 'tap'
 import { identity, listen, startRelay } from './helper.ts'
 import { exchange } from './raw-http.ts'
-import { failedRecords } from '../src/sandbox/records.ts'
+import { failedRecords } from '#src/sandbox/records.js'
 
 /** Values near the rules' edges, so that a mutation is sometimes still valid. */
 const value = fc.oneof(

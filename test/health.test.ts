@@ -1,5 +1,5 @@
 import { t } from 'tap'
-import { healthcheck } from '../src/commands/healthcheck.ts'
+import { healthcheck } from '#src/commands/healthcheck.js'
 import { identity, listen, startRelay, startSandbox } from './helper.ts'
 
 t.test('/livez, /healthz and /readyz say that the relay serves', async t => {

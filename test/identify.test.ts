@@ -2,7 +2,7 @@ import { randomUUID } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
 import { identity, startRelay, TOKEN } from './helper.ts'
-import type { Received } from '../src/sandbox/app.ts'
+import type { Received } from '#src/sandbox/app.js'
 
 const UUID = '5f0c8a1e-6a0b-4d53-9d3c-0a1f6f2b7c11'
 const nested = (depth: number): unknown => depth === 0 ? 1 : { a: nested(depth - 1) }

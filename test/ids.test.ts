@@ -1,6 +1,6 @@
 import { randomUUID } from 'node:crypto'
 import { t } from 'tap'
-import { isJunkId } from '../src/identity/ids.ts'
+import { isJunkId } from '#src/identity/ids.js'
 import { identity, startRelay } from './helper.ts'
 
 const UUID = 'fa30a0d4-f4b3-41bf-a1b9-7dffce521a8c'

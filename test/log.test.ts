@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import { Writable } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
-import { createDestination, fileSink, streamSink, throttledError, type Sink } from '../src/log.ts'
+import { createDestination, fileSink, streamSink, throttledError, type Sink } from '#src/log.js'
 import { identity, listen, startRelay, temporary } from './helper.ts'
 
 /** A sink that a test stalls and breaks. */

@@ -7,9 +7,12 @@ import { identity, leaks, needsRedis, startRedis, startSandbox, temporary, TOKEN
 import { createCallers } from './load.ts'
 import { SERVER, startProcess, startServer } from './processes.ts'
 import { killed } from './scenarios.ts'
-import type { Row } from '../src/sandbox/ledger.ts'
+import type { Row } from '#src/sandbox/ledger.js'
 
 const outage = { name: 'edge_down' as const, times: 1_000_000 }
+
+// Most of these tests wait for a process or for a bound in time.
+t.jobs = 3
 
 t.test('violations finds each kind of broken promise', async t => {
   const call = (id: string, anon: string, status?: number): Call =>

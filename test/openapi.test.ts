@@ -3,11 +3,11 @@ import { Validator } from '@seriousme/openapi-schema-validator'
 import { t } from 'tap'
 import { parse } from 'yaml'
 import { startRelay, type Env } from './helper.ts'
-import { readConfig } from '../src/config.ts'
-import { buildApp } from '../src/http/app.ts'
-import { openapi } from '../src/http/openapi.ts'
-import { PROBLEMS } from '../src/http/problem.ts'
-import { createLog } from '../src/log.ts'
+import { readConfig } from '#src/config.js'
+import { buildApp } from '#src/http/app.js'
+import { openapi } from '#src/http/openapi.js'
+import { PROBLEMS } from '#src/http/problem.js'
+import { createLog } from '#src/log.js'
 
 t.test('openapi.yaml matches the routes, is served, and is valid', async t => {
   const { inject, config } = await startRelay(t)

@@ -2,9 +2,9 @@
 // first of an anonymous id must be what came first of all that it has.
 import { randomUUID } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { identifyEvent, type PendingEvent } from '../src/identity/event.ts'
-import { hasFailed, isRetryable, type Verdict } from '../src/identity/verdict.ts'
-import type { Fault } from '../src/sandbox/faults.ts'
+import { identifyEvent, type PendingEvent } from '#src/identity/event.js'
+import { hasFailed, isRetryable, type Verdict } from '#src/identity/verdict.js'
+import type { Fault } from '#src/sandbox/faults.js'
 import type { startRelay } from './helper.ts'
 import { createRandom, pick, type Random } from './verdict-model.ts'
 

@@ -1,11 +1,11 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
-import { runAdminCommand } from '../src/commands/admin.ts'
-import { callAdminSocket, serveAdminSocket } from '../src/commands/admin-socket.ts'
-import { outboxCommand } from '../src/commands/outbox.ts'
-import { projectFingerprint, readConfig } from '../src/config.ts'
-import { identifyEvent } from '../src/identity/event.ts'
-import { openSqlite } from '../src/outbox/sqlite.ts'
+import { runAdminCommand } from '#src/commands/admin.js'
+import { callAdminSocket, serveAdminSocket } from '#src/commands/admin-socket.js'
+import { outboxCommand } from '#src/commands/outbox.js'
+import { projectFingerprint, readConfig } from '#src/config.js'
+import { identifyEvent } from '#src/identity/event.js'
+import { openSqlite } from '#src/outbox/sqlite.js'
 import { violations } from './delivery-check.ts'
 import { emptied, identity, leaks, silent, startRelayWithOutbox, startSandbox, temporary, TOKEN, type Env, type Relay } from './helper.ts'
 import { createCallers } from './load.ts'
@@ -19,6 +19,9 @@ async function lines (relay: Relay, ...args: string[]): Promise<string[]> {
   for await (const chunk of runAdminCommand(relay.outbox, relay.config, args)) text += chunk
   return text.split('\n').filter(line => line !== '')
 }
+
+// Most of these tests wait for a process or for a bound in time.
+t.jobs = 3
 
 t.test('the outbox commands list, replay and drop dead letters', async t => {
   const relay = await startRelayWithOutbox(t)

@@ -1,7 +1,7 @@
 import { randomUUID } from 'node:crypto'
 import type { Test } from 'tap'
-import { identifyEvent } from '../src/identity/event.ts'
-import type { Entry, Outbox } from '../src/outbox/outbox.ts'
+import { identifyEvent } from '#src/identity/event.js'
+import type { Entry, Outbox } from '#src/outbox/outbox.js'
 import { identity } from './helper.ts'
 
 export const event = (anon: string = randomUUID(), identified = `user-${randomUUID()}`, now = Date.now()) =>

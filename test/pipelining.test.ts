@@ -19,6 +19,15 @@ t.test('of more than sixteen unanswered requests the first sixteen are answered,
   t.notMatch(few, /connection: close/i, 'sixteen pipelined requests do not close the connection')
 })
 
+t.test('refused requests count against the limit of their address, but not against that of a proxy', async t => {
+  const flood = post(JSON.stringify(identity())).repeat(40)
+  for (const [env, status] of [[{}, 429], [{ TRUST_PROXY: '127.0.0.1' }, 200]] as const) {
+    const { port } = await listen(t, { env: { RATE_LIMIT_MAX: '30', ...env } })
+    t.equal(statuses(await exchange(port, flood)).length, 16)
+    t.same(statuses(await exchange(port, post(JSON.stringify(identity())), { answers: 1 })), [status], JSON.stringify(env))
+  }
+})
+
 t.test('no request is begun after an answer that closes the connection', async t => {
   const { app, port, sandbox } = await listen(t)
   const good = post(JSON.stringify(identity()))

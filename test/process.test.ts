@@ -3,14 +3,17 @@ import { existsSync, openSync, readFileSync } from 'node:fs'
 import { connect } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
-import { parentOf } from '../src/commands/npm-parent.ts'
-import { openFilesLimit } from '../src/commands/serve.ts'
+import { parentOf } from '#src/commands/npm-parent.js'
+import { openFilesLimit } from '#src/commands/serve.js'
 import { freePort, identity, leaks, startSandbox, temporary, TOKEN, type Env } from './helper.ts'
 import { SERVER, startProcess, startServer, withoutCoverage } from './processes.ts'
 import { exchange, get } from './raw-http.ts'
 
 /** Resident memory of a process, in MB. */
 const residentMb = (pid = 0) => Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${pid}/status`, 'utf8'))?.[1]) / 1024
+
+// Most of these tests wait for a process or for a bound in time.
+t.jobs = 3
 
 t.test('a command that fails exits with 1 and one sentence for each mistake', async t => {
   const rows: [args: string[], env: Env, sentences: RegExp, isCovered?: boolean][] = [

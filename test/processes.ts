@@ -1,6 +1,4 @@
-import { spawn, spawnSync, type ChildProcess } from 'node:child_process'
-import { mkdirSync, readdirSync, rmdirSync, statSync } from 'node:fs'
-import { join } from 'node:path'
+import { spawn, type ChildProcess } from 'node:child_process'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Test } from 'tap'
 import { identity, TOKEN, type Env } from './helper.ts'
@@ -13,41 +11,6 @@ export const SERVER = 'dist/server.js'
  */
 export const withoutCoverage = (env: NodeJS.ProcessEnv, ...args: string[]) =>
   ['-i', `PATH=${process.env.PATH}`, ...Object.entries(env).map(([name, value]) => `${name}=${value}`), process.execPath, ...args]
-
-const LOCK = '.tap/build-lock'
-/** A build takes some seconds; a lock that is older was left by a process that was killed. */
-const MAX_LOCK_MS = 60_000
-
-const changedAt = (path: string) => statSync(path, { throwIfNoEntry: false })?.mtimeMs ?? 0
-
-/** True if a file of `src` has changed since `dist` was built. */
-function isStale (): boolean {
-  const sources = readdirSync('src', { recursive: true }).map(name => join('src', String(name)))
-  return Math.max(...sources.map(changedAt)) > changedAt(SERVER)
-}
-
-/** Builds `dist` unless it is newer than `src`. Test files run in parallel, and only one of them builds. */
-function build (): void {
-  mkdirSync('.tap', { recursive: true })
-  while (isStale()) {
-    try {
-      mkdirSync(LOCK)
-    } catch {
-      if (Date.now() - changedAt(LOCK) > MAX_LOCK_MS) rmdirSync(LOCK)
-      Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 200)
-      continue
-    }
-    try {
-      const { status, stdout } = spawnSync('env', withoutCoverage({}, 'node_modules/typescript/bin/tsc'), { encoding: 'utf8' })
-      if (status !== 0) throw new Error(`dist is older than src, and the build failed: ${stdout}`)
-      return
-    } finally {
-      rmdirSync(LOCK)
-    }
-  }
-}
-
-build()
 
 interface Options {
   /** True where the process is expected to log a fatal error. */

@@ -1,8 +1,8 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t, type Test } from 'tap'
-import { addressKey } from '../src/http/address.ts'
-import { createRateLimitStore } from '../src/http/plugins/rate-limit-store.ts'
-import { connectRedis } from '../src/redis.ts'
+import { addressKey } from '#src/http/address.js'
+import { createRateLimitStore } from '#src/http/plugins/rate-limit-store.js'
+import { connectRedis } from '#src/redis.js'
 import { identity, needsRedis, silent, startRedis, startRelay, type Env } from './helper.ts'
 
 const batchOf = (count: number) => ({ method: 'POST', url: '/identify/batch', payload: { identities: Array.from({ length: count }, () => identity()) } })

@@ -1,8 +1,9 @@
 import { randomUUID } from 'node:crypto'
 import { gzipSync } from 'node:zlib'
 import { t } from 'tap'
+import { createSandbox } from '#src/sandbox/app.js'
+import { failedRecords } from '#src/sandbox/records.js'
 import { startSandbox } from './helper.ts'
-import { failedRecords } from '../src/sandbox/records.ts'
 
 const TOKEN = 'project-token'
 const UUID = '2c93fdf3-4fbf-4fec-baaf-136ce87c13cc'
@@ -211,4 +212,10 @@ t.test('other paths, methods and the sandbox\'s own routes have their answers', 
   t.equal((await track('x')).status, 200)
   t.equal(ledger.rows().length, 0)
   t.equal((await send('/__sandbox/faults', { method: 'POST', body: 'x' })).status, 400)
+})
+
+t.test('a bug of the sandbox is a 500 with its message', async t => {
+  const { app } = createSandbox()
+  app.get('/bug', () => { throw new Error('a bug') })
+  t.match(await app.inject('/bug'), { statusCode: 500, body: '{"error":"a bug","status":0}' })
 })

@@ -5,10 +5,13 @@ import { connect, createServer, type AddressInfo, type Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
 import { parse } from 'yaml'
-import { whenOrphaned } from '../src/commands/npm-parent.ts'
+import { whenOrphaned } from '#src/commands/npm-parent.js'
 import { identity, leaks, listen, startRelay, startSandbox, TOKEN } from './helper.ts'
 import { SERVER, startProcess, startServer } from './processes.ts'
 import { exchange, get, halfOpenPeer, post, statuses } from './raw-http.ts'
+
+// Most of these tests wait for a process or for a bound in time.
+t.jobs = 3
 
 t.test('once the shutdown has begun /readyz is 503, and requests are still served', async t => {
   const { app, inject, post } = await startRelay(t)

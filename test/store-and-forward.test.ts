@@ -1,7 +1,7 @@
 import { randomUUID } from 'node:crypto'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
-import { identifyEvent, parseEvent } from '../src/identity/event.ts'
+import { identifyEvent, parseEvent } from '#src/identity/event.js'
 import { emptied, identity, startRelay, startRelayWithOutbox } from './helper.ts'
 import { violations, type Call } from './delivery-check.ts'
 

@@ -1,6 +1,6 @@
 import { deflateSync, gzipSync } from 'node:zlib'
 import { t } from 'tap'
-import { jsonFault } from '../src/http/json-fault.ts'
+import { jsonFault } from '#src/http/json-fault.js'
 import { startRelay } from './helper.ts'
 
 const ROWS: [body: string | Buffer, detail: string][] = [
@@ -35,6 +35,13 @@ t.test('an unreadable body gets the rule that it breaks, and none of its own tex
       t.match(answer.json(), { status: 400, code: 'invalid_request', errors: [{ pointer: '', detail }] }, `${url} ${JSON.stringify(String(payload))}`)
       t.notMatch(answer.body, /CANARY/)
     }
+  }
+})
+
+t.test('a request without a body gets 400 as well', async t => {
+  const { inject } = await startRelay(t)
+  for (const url of ['/identify', '/identify/batch']) {
+    t.match((await inject({ method: 'POST', url })).json(), { status: 400, errors: [{ pointer: '', detail: 'must not be empty' }] }, url)
   }
 })
 

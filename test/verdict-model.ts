@@ -1,10 +1,10 @@
 // Random sequences of attempts against a plain model: what Mixpanel took, and what each verdict says.
-import { readConfig } from '../src/config.ts'
-import { identifyEvent, type PendingEvent } from '../src/identity/event.ts'
-import type { Verdict } from '../src/identity/verdict.ts'
-import { interpretBody, interpretError, interpretStatus, type Answer } from '../src/mixpanel/answer.ts'
-import type { Mixpanel } from '../src/mixpanel/client.ts'
-import { createDelivery } from '../src/mixpanel/delivery.ts'
+import { readConfig } from '#src/config.js'
+import { identifyEvent, type PendingEvent } from '#src/identity/event.js'
+import type { Verdict } from '#src/identity/verdict.js'
+import { interpretBody, interpretError, interpretStatus, type Answer } from '#src/mixpanel/answer.js'
+import type { Mixpanel } from '#src/mixpanel/client.js'
+import { createDelivery } from '#src/mixpanel/delivery.js'
 import { identity, silent } from './helper.ts'
 
 /** The codes that tell a caller that Mixpanel does not have the event. */

@@ -70,9 +70,9 @@ export function createConnections ({ config, charge, onError }: Options) {
   const pipelining = createPipelining({
     recordCost,
     charge (socket, count) {
-      const { peer, isProxy } = connections.get(socket) ?? {}
+      const connection = connections.get(socket)
       // The requests of a proxy belong to its clients.
-      if (peer !== undefined && isProxy === false) charge(peer.address, count)
+      if (connection?.isProxy === false) charge(connection.peer.address, count)
     }
   })
 

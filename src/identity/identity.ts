@@ -79,6 +79,7 @@ export type Identity = Static<typeof Identity>
  * reporting each of 100,000 names would block the event loop for a second. Accepts any value, and is fast.
  */
 export function checkSize (body: unknown, maxFields = MAX_FIELDS): FieldError[] {
+  if (body === undefined) return [{ pointer: '', detail: 'must not be empty' }]
   if (typeof body !== 'object' || body === null) return []
   if (Object.keys(body).length > maxFields) {
     return [{ pointer: '', detail: `must not have more than ${maxFields} fields` }]

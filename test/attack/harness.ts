@@ -113,7 +113,7 @@ const NICENESS: Record<string, number> = { witness: -15, upstream: 0, attacker: 
 
 /** One of children.ts, with the loader of this process but without the other ones of tap. */
 function startChild (t: Test, role: string, ...args: string[]): ChildProcess {
-  const loader = process.execArgv.filter(argument => argument.includes('@tapjs/typescript'))
+  const loader = process.execArgv.filter(argument => argument.includes('ts-blank-space'))
   const child = fork(fileURLToPath(new URL('children.ts', import.meta.url)), [role, ...args], {
     execPath: 'nice', execArgv: ['-n', String(NICENESS[role]), process.execPath, ...loader], env: { ...process.env, NODE_OPTIONS: '' }
   })

@@ -2,7 +2,7 @@ import { t } from 'tap'
 import { needsRedis, silent, startRedis, startRelay } from '../helper.ts'
 import { checkOrder } from '../order-model.ts'
 import { checkSequence } from '../verdict-model.ts'
-import { connectRedis } from '../../src/redis.ts'
+import { connectRedis } from '#src/redis.js'
 
 const seeds = (count: number, from: number) => Array.from({ length: count }, (_, index) => from + index)
 
