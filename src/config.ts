@@ -82,6 +82,10 @@ export const Environment = Type.Object({
     pattern: '^(off|redis|file:.+)$',
     rule: 'must be off, redis or file:<directory>'
   }),
+  OUTBOX_MAX_BYTES: integer(1, 1_000_000_000_000, 1_073_741_824),
+  DEAD_LETTER_DAYS: Type.Optional(Type.Integer({
+    minimum: 1, maximum: 36_500, rule: 'must be an integer from 1 to 36500'
+  })),
   SHUTDOWN_DELAY_MS: integer(0, 600_000, 0),
   SHUTDOWN_TIMEOUT_MS: integer(1, 600_000, 10_000)
 })
@@ -125,16 +129,26 @@ export function isLoopback (host: string): boolean {
   return host === 'localhost' || host === '::1' || (isIP(host) === 4 && host.startsWith('127.'))
 }
 
-/** Returns 12 hex digits that identify the project in the outbox and in Redis, which must not contain the token. */
-export function projectFingerprint ({ MIXPANEL_TOKEN: token, MIXPANEL_PROJECT_ID: id = '' }: Config): string {
-  return hash('sha256', `identify-relay:${token}:${id}`).slice(0, 12)
+/** Names of a project in the outbox and in Redis, which must not contain the token: 12 hex digits each. */
+export interface Project {
+  /** Made of MIXPANEL_PROJECT_ID, or of the token when there is none. */
+  fingerprint: string
+  /** With MIXPANEL_PROJECT_ID: the names that the project had without it, or in the first release. */
+  earlier: string[]
+}
+
+export function projectOf ({ MIXPANEL_TOKEN: token, MIXPANEL_PROJECT_ID: id }: Config): Project {
+  const digest = (text: string) => hash('sha256', `identify-relay:${text}`).slice(0, 12)
+  return id === undefined
+    ? { fingerprint: digest(`${token}:`), earlier: [] }
+    : { fingerprint: digest(`project:${id}`), earlier: [digest(`${token}:`), digest(`${token}:${id}`)] }
 }
 
 function conflicts (config: Config, env: Env): string[] {
   const sentences = Object.keys(env).filter(name => UNSUPPORTED.test(name) && env[name])
     .map(name => `${name} is not supported by this version: unset it.`)
-  if ((config.MIXPANEL_SERVICE_ACCOUNT === undefined) !== (config.MIXPANEL_PROJECT_ID === undefined)) {
-    sentences.push('MIXPANEL_SERVICE_ACCOUNT and MIXPANEL_PROJECT_ID must be set together.')
+  if (config.MIXPANEL_SERVICE_ACCOUNT !== undefined && config.MIXPANEL_PROJECT_ID === undefined) {
+    sentences.push('MIXPANEL_SERVICE_ACCOUNT needs MIXPANEL_PROJECT_ID.')
   }
   if (config.OUTBOX.startsWith('file:~')) {
     sentences.push('OUTBOX must not begin with file:~, which only a shell expands.')

@@ -12,7 +12,11 @@ export interface AccessLine {
   status: number
   ms: number
   requestId: string
-  /** The fields that the handler adds. */
+  /** Letters, digits and hyphens. */
+  insertId: string | undefined
+  /** What it took to send the event. */
+  sent: { mixpanel_ms: number, attempts: number, events: number } | undefined
+  /** The other fields that the handler adds. */
   details: object
 }
 
@@ -24,11 +28,15 @@ export function createLog (level: string, destination: { write: (line: string) =
   const logger: Logger = pino({ level, base: null }, destination)
   const info = logger.levels.values.info as number
 
-  function logRequest ({ method, route, status, ms, requestId, details }: AccessLine): void {
+  function logRequest ({ method, route, status, ms, requestId, insertId, sent, details }: AccessLine): void {
     const added = JSON.stringify(details).slice(1, -1)
     destination.write(`{"level":${info},"time":${Date.now()},"method":"${method}",` +
       `"route":${route === undefined ? null : `"${route}"`},"status":${status},"ms":${ms},` +
-      `"request_id":"${requestId}","caller":"anonymous",${added}${added === '' ? '' : ','}"msg":"request completed"}\n`)
+      `"request_id":"${requestId}","caller":"anonymous",${insertId === undefined ? '' : `"insert_id":"${insertId}",`}` +
+      (sent === undefined
+        ? ''
+        : `"mixpanel_ms":${sent.mixpanel_ms},"attempts":${sent.attempts},"events":${sent.events},`) +
+      `${added}${added === '' ? '' : ','}"msg":"request completed"}\n`)
   }
   return { logger, logRequest: logger.isLevelEnabled('info') ? logRequest : () => {} }
 }

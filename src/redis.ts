@@ -11,10 +11,13 @@ export const FOREGROUND_TIMEOUT_MS = 200
 /** The timeout of the commands that ioredis itself sends when it connects. */
 const CONNECT_COMMAND_TIMEOUT_MS = 1000
 
+/** A connection that Redis closes while it is idle (its `timeout`) is back sooner, and is no loss. */
+const LOSS_MS = 250
+
 /**
- * Resolves with a connection to Redis, for commands under `withTimeout`. While the connection is lost, commands fail at
- * once. ioredis reconnects by itself and sends no command twice. Rejects, with a cause that holds no secret, when Redis
- * cannot be reached now.
+ * Resolves with a connection to Redis, for commands under `withTimeout`. While the connection is lost, commands wait
+ * for the next attempt to connect, and fail with it. ioredis reconnects by itself and sends no command twice. Rejects,
+ * with a cause that holds no secret, when Redis cannot be reached now.
  */
 export async function connectRedis (url: string, log: Log): Promise<Redis> {
   const { Redis } = await import('ioredis')
@@ -22,29 +25,39 @@ export async function connectRedis (url: string, log: Log): Promise<Redis> {
     lazyConnect: true,
     connectTimeout: 500,
     commandTimeout: CONNECT_COMMAND_TIMEOUT_MS,
-    enableOfflineQueue: false,
-    maxRetriesPerRequest: 0,
+    maxRetriesPerRequest: 1,
+    // Otherwise its first answer, which may be the reason of a refusal, is ignored.
+    disableClientInfo: true,
     autoResendUnfulfilledCommands: false,
-    // After a failover the address may lead to the new primary.
-    reconnectOnError: ({ message }) => message.startsWith('READONLY'),
-    retryStrategy: attempts => Math.min(attempts * 50, 1000)
+    // After a failover the address may lead to the new primary. A script wraps the word in words of its own.
+    reconnectOnError: ({ message }) => /\bREADONLY\b/.test(message),
+    retryStrategy: attempts => Math.min((attempts - 1) * 50, 1000)
   })
   let cause = CLOSED
-  let isConnected = false
+  let isLost = false
   redis.on('error', (error: NodeJS.ErrnoException) => { cause = error.code ?? error.message })
-  await redis.connect().catch(() => {
+  try {
+    await redis.connect()
+    // ioredis ignores a database that does not exist, and uses the first one.
+    if (redis.options.db) await redis.select(redis.options.db)
+  } catch {
     redis.disconnect()
     throw new Error(`REDIS_URL: Redis cannot be reached (${cause})`)
-  })
-  isConnected = true
+  }
+  let lossTimer: NodeJS.Timeout | undefined
   redis.on('close', () => {
-    if (isConnected) log.error({ cause }, 'Redis connection lost')
-    isConnected = false
+    lossTimer ??= setTimeout(() => {
+      isLost = true
+      log.error({ cause }, 'Redis connection lost')
+    }, LOSS_MS)
   })
+  redis.on('end', () => clearTimeout(lossTimer))
   redis.on('ready', () => {
-    isConnected = true
+    clearTimeout(lossTimer)
+    lossTimer = undefined
     cause = CLOSED
-    log.info({}, 'Redis connection restored')
+    if (isLost) log.info({}, 'Redis connection restored')
+    isLost = false
   })
   return redis
 }
@@ -55,18 +68,32 @@ export async function connectRedis (url: string, log: Log): Promise<Redis> {
  * timers run before sockets are read; a result that has arrived by then is in time.
  */
 export function withTimeout<Result> (redis: Redis, ms: number, command: Promise<Result>): Promise<Result> {
-  let timer: NodeJS.Timeout | undefined
-  let afterReading: NodeJS.Immediate | undefined
-  const timeout = new Promise<never>((_resolve, reject) => {
-    const expire = () => {
-      redis.stream.destroy()
-      reject(new Error('Redis did not answer in time'))
+  // While the connection is lost, the command waits for the next one.
+  const stream = redis.status === 'ready' ? redis.stream : undefined
+  stream?.setMaxListeners(0)
+  return new Promise((resolve, reject) => {
+    let afterReading: NodeJS.Immediate | undefined
+    const timer = setTimeout(() => { afterReading = setImmediate(expire) }, ms)
+    const onClose = () => fail(CLOSED)
+    stream?.on('close', onClose)
+    command.then(resolve, reject).then(end)
+
+    function end (): void {
+      clearTimeout(timer)
+      clearImmediate(afterReading)
+      stream?.off('close', onClose)
     }
-    timer = setTimeout(() => { afterReading = setImmediate(expire) }, ms)
-  })
-  return Promise.race([command, timeout]).finally(() => {
-    clearTimeout(timer)
-    clearImmediate(afterReading)
+
+    function fail (cause: string): void {
+      end()
+      reject(new Error(cause))
+    }
+
+    function expire (): void {
+      const silent = stream ?? redis.stream
+      silent.destroy()
+      fail('Redis did not answer in time')
+    }
   })
 }
 

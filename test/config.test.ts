@@ -71,7 +71,7 @@ t.test('each mistake is one sentence that shows no value', async t => {
     [{ MIXPANEL_ENDPOINT: 'engage' }, /^MIXPANEL_ENDPOINT must be one of track, import\.$/],
     [{ MIXPANEL_STRICT: 'yes' }, /^MIXPANEL_STRICT must be one of 0, 1\.$/],
     [{ MIXPANEL_SERVICE_ACCOUNT: 'x', MIXPANEL_PROJECT_ID: '1' }, /^MIXPANEL_SERVICE_ACCOUNT must be of the form user:secret\.$/],
-    [{ MIXPANEL_SERVICE_ACCOUNT: 'x:y' }, /must be set together/],
+    [{ MIXPANEL_SERVICE_ACCOUNT: 'x:y' }, /^MIXPANEL_SERVICE_ACCOUNT needs MIXPANEL_PROJECT_ID\.$/],
     [{ MIXPANEL_SERVICE_ACCOUNT: 'x:y', MIXPANEL_PROJECT_ID: 'p' }, /^MIXPANEL_PROJECT_ID must be a number\.$/],
     ...['-1', '1.5', '1e3', '0x10', ' 5', '65536', 'NaN', '99999999999999999'].map(port => [{ PORT: port }, /^PORT must be an integer from 0 to 65535\.$/] as [Record<string, string>, RegExp]),
     [{ MAX_BATCH: '0' }, /^MAX_BATCH must be an integer from 1 to 2000\.$/],

@@ -48,7 +48,7 @@ t.test('while another program locks the file: 503 if nothing was sent, 502 or 50
   const directory = `${temporary(t)}/outbox`
   const server = await startServer(t, sandbox.url, { OUTBOX: `file:${directory}`, MIXPANEL_TIMEOUT_MS: '200', DEADLINE_MS: '400' })
   const callers = createCallers(() => server.url)
-  const shell = new Database(`${directory}/outbox.db`)
+  const shell = new Database(`${directory}/relay/outbox.db`)
   shell.exec('BEGIN IMMEDIATE')
   sandbox.faults.add(outage)
   t.equal(await callers.call(), 502)

@@ -3,8 +3,9 @@ import { t } from 'tap'
 import { runAdminCommand } from '#src/commands/admin.js'
 import { callAdminSocket, serveAdminSocket } from '#src/commands/admin-socket.js'
 import { outboxCommand } from '#src/commands/outbox.js'
-import { projectFingerprint, readConfig } from '#src/config.js'
+import { projectOf, readConfig } from '#src/config.js'
 import { identifyEvent } from '#src/identity/event.js'
+import { openOutbox } from '#src/outbox/open.js'
 import { openSqlite } from '#src/outbox/sqlite.js'
 import { violations } from './delivery-check.ts'
 import { emptied, identity, leaks, silent, startRelayWithOutbox, startSandbox, temporary, TOKEN, type Env, type Relay } from './helper.ts'
@@ -31,7 +32,7 @@ t.test('the outbox commands list, replay and drop dead letters', async t => {
   const old = identifyEvent(identity(), Date.now() - 5 * DAY)
   t.equal(await relay.outbox.put(old), 'stored')
   const waiting = (await lines(relay, 'list')).map(line => JSON.parse(line))
-  t.match(waiting, [{ identified_id: refused.identified_id, anon_id: refused.anon_id }, { identified_id: large.identified_id }, { accepted: /^20/ }])
+  t.match(waiting, [{ identified_id: refused.identified_id, anon_id: refused.anon_id }, { identified_id: large.identified_id }, { validated: /^20/ }])
   relay.sandbox.faults.clear()
   relay.sandbox.faults.add({ name: 'refused', times: 12 }, { name: 'too_large', times: 12 })
   await emptied(relay)
@@ -53,9 +54,52 @@ t.test('the outbox commands list, replay and drop dead letters', async t => {
   t.equal(relay.sandbox.ledger.rows().at(-1)?.properties.$identified_id, other.identified_id)
   t.same(await lines(relay, 'dead'), [])
   t.same(await lines(relay, 'drop', 'all'), ['0 dropped.'])
-  for (const args of [[], ['delete'], ['replay'], ['drop'], ['list', 'all'], ['drop', 'all', '17'], ['replay', '1', 'all']]) {
+  for (const args of [[], ['delete'], ['replay'], ['drop'], ['list', 'all'], ['drop', 'all', '17'], ['replay', '1', 'all'], ['drop', '--user'], ['drop', '--user', 'a', 'b'], ['pause', '1']]) {
     await t.rejects(lines(relay, ...args), { message: /^outbox.*\.$/ }, `outbox ${args.join(' ')} is an error`)
   }
+})
+
+t.test('drop --user erases one user, queued or dead', async t => {
+  const relay = await startRelayWithOutbox(t)
+  await lines(relay, 'pause')
+  const event = (user: string, age = 0) => identifyEvent(identity({ identified_id: user }), Date.now() - age)
+  for (const one of [event('erased'), event('kept'), event('erased', 5 * DAY)]) await relay.outbox.put(one)
+  await relay.outbox.pause(false)
+  const [, , old] = await relay.outbox.next(10)
+  await relay.outbox.deadLetter([{ entry: old!, reason: 'why' }])
+  await relay.outbox.pause(true)
+  t.same(await lines(relay, 'drop', '--user', 'erased'), ['1 queued and 1 dead letters dropped.'])
+  t.same(await lines(relay, 'drop', '--user', 'erased'), ['0 queued and 0 dead letters dropped.'])
+  t.same((await lines(relay, 'list')).map(line => JSON.parse(line).identified_id), ['kept'])
+  while (!relay.lines.some(line => line.includes('paused by an operator'))) await sleep(20)
+  await lines(relay, 'resume')
+  await emptied(relay)
+  t.match(relay.logged().filter(({ msg }) => /by an operator/.test(String(msg))).map(({ level }) => level), [40, 30])
+})
+
+t.test('pause stops delivery, over restarts, and identities are queued until resume', async t => {
+  const sandbox = await startSandbox(t)
+  const env = { OUTBOX: `file:${temporary(t)}/outbox` }
+  const run = async (...args: string[]) => {
+    const { exit, output } = startProcess(t, SERVER, ['outbox', ...args], { MIXPANEL_TOKEN: TOKEN, ...env })
+    t.equal(await exit, 0, output())
+    return output()
+  }
+  let server = await startServer(t, sandbox.url, env)
+  t.match(await run('pause'), /^Delivery is paused/)
+  t.equal((await server.post()).status, 202)
+  t.match((await server.parts()).outbox, { waiting: 1, paused: true })
+  t.equal(await server.kill('SIGTERM'), 0)
+  server = await startServer(t, sandbox.url, env)
+  await server.until(/"level":40.*outbox delivery paused by an operator/)
+  t.equal((await server.post()).status, 202)
+  t.equal(sandbox.requests.length, 0)
+  t.match(await run('resume'), /^Delivery goes on/)
+  await server.emptied()
+  await server.until(/outbox delivery resumed by an operator/)
+  t.equal(sandbox.ledger.rows().length, 2)
+  t.equal((await server.post()).status, 200)
+  t.equal(await server.kill('SIGTERM'), 0)
 })
 
 t.test('drop all removes more than a thousand dead letters', async t => {
@@ -66,7 +110,7 @@ t.test('drop all removes more than a thousand dead letters', async t => {
   relay.relay.identify(old[0]!, { isAsync: true })
   await emptied(relay)
   t.same(await lines(relay, 'drop', '--all'), ['1201 dropped.'])
-  t.same(relay.outbox.counts(), { waiting: 0, dead: 0 })
+  t.match(relay.outbox.counts(), { waiting: 0, dead: 0 })
 })
 
 t.test('the admin socket returns the whole answer or an error', async t => {
@@ -100,7 +144,7 @@ t.test('a directory belongs to one relay, which answers the outbox commands', as
   const server = await startServer(t, sandbox.url, env)
   const second = startProcess(t, SERVER, [], { ...env, PORT: '0' }, { isCovered: true })
   t.equal(await second.exit, 1)
-  t.match(second.output(), /^The relay cannot continue: another process uses the outbox in .*\/outbox\.\n$/)
+  t.match(second.output(), /^The relay cannot continue: another process uses the outbox in .*\/outbox\/relay\.\n$/)
 
   sandbox.faults.add(outage)
   const callers = createCallers(() => server.url, { async: 1 })
@@ -136,19 +180,20 @@ t.test('the outbox commands ask the relay, or open the outbox, or say why they c
     for await (const text of outboxCommand({ ...config, ...env }, ['list'])) t.comment(text)
   }
   await t.rejects(run({}), { name: 'UsageError', message: 'OUTBOX is off: there is no outbox.' })
-  await t.rejects(run({ OUTBOX: 'file:/nowhere/outbox' }), { name: 'UsageError', message: '/nowhere/outbox does not exist.' })
-  await t.rejects(run({ OUTBOX: 'file:README.md' }), { message: /^README\.md cannot be used as the outbox: / })
+  await t.rejects(run({ OUTBOX: 'file:/nowhere/outbox' }), { name: 'UsageError', message: 'There is no outbox in /nowhere/outbox.' })
+  await t.rejects(run({ OUTBOX: 'file:README.md' }), { name: 'UsageError', message: 'There is no outbox in README.md.' })
+  await t.rejects(openOutbox({ ...config, OUTBOX: 'file:README.md' }, undefined, silent), { message: /^OUTBOX: README\.md cannot be used: / })
   const directory = `${temporary(t)}/outbox`
-  const outbox = openSqlite(directory, projectFingerprint(config), silent)
+  const outbox = await openSqlite(`${directory}/relay`, projectOf(config), silent, { maxEntries: 10 })
   await t.rejects(run({ OUTBOX: `file:${directory}` }),
-    { name: 'UsageError', message: /^The process that uses \/.*\/outbox does not accept commands \(ENOENT\): stop it first\.$/ })
-  const closeSocket = await serveAdminSocket(directory, async function * () { yield 'from the relay' })
+    { name: 'UsageError', message: /^The process that uses \/.*\/outbox\/relay does not accept commands \(ENOENT\): stop it first\.$/ })
+  const closeSocket = await serveAdminSocket(`${directory}/relay`, async function * () { yield 'from the relay' })
   await run({ OUTBOX: `file:${directory}` })
   closeSocket()
   await outbox.close()
   await run({ OUTBOX: `file:${directory}` })
   const long = `${t.testdir({})}/${'long'.repeat(40)}`
-  const other = openSqlite(long, 'a-project', silent)
+  const other = await openSqlite(`${long}/relay`, projectOf(config), silent, { maxEntries: 10 })
   await t.rejects(run({ OUTBOX: `file:${long}` }), { name: 'UsageError', message: /^\/.*operators\.sock is too long for a socket: stop the relay\.$/ })
   await other.close()
 })

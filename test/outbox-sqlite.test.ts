@@ -1,82 +1,136 @@
-import fs, { mkdirSync, readdirSync, statSync, writeFileSync } from 'node:fs'
+import fs, { chmodSync, cpSync, linkSync, readdirSync, renameSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
 import { syncBuiltinESMExports } from 'node:module'
 import { join } from 'node:path'
 import Database from 'libsql'
-import { t } from 'tap'
-import { identifyEvent } from '#src/identity/event.js'
+import { t, type Test } from 'tap'
+import type { Project } from '#src/config.js'
+import { identifyEvent, type PendingEvent } from '#src/identity/event.js'
+import type { Log } from '#src/log.js'
+import { openDatabase } from '#src/outbox/database.js'
+import { MAX_ENTRIES } from '#src/outbox/outbox.js'
 import { openSqlite } from '#src/outbox/sqlite.js'
 import { identity, silent } from './helper.ts'
-import { event, testPromises } from './outbox-promises.ts'
+import { event, PROJECT, testPromises } from './outbox-promises.ts'
+
+const OTHER = { fingerprint: 'another', earlier: [] }
+const limits = { maxEntries: MAX_ENTRIES }
+const open = (directory: string, project: Project = PROJECT, log: Log = silent) => openSqlite(directory, project, log, limits)
+
+/** The database in this thread. */
+function openHere (t: Test, directory: string) {
+  const database = openDatabase(directory, PROJECT, limits)
+  t.teardown(() => database.close())
+  const put = (...events: PendingEvent[]) =>
+    database.put(events.map(({ anonKey, json, bytes }) => [anonKey, json, bytes, Infinity]))
+  const next = (count: number) => database.next(count).map(({ id }) => ({ id: String(id) }))
+  return { ...database, put, next }
+}
 
 t.test('the SQLite outbox keeps the promises of an outbox', async t => {
   const directory = join(t.testdir({}), 'made', 'here')
-  await testPromises(t, async maxEntries => openSqlite(directory, 'a-project', silent, maxEntries))
+  await testPromises(t, async (maxEntries = MAX_ENTRIES) => openSqlite(directory, PROJECT, silent, { maxEntries }))
 })
 
 t.test('a directory belongs to one process and one project, and its files to their owner', async t => {
-  const directory = t.testdir({})
-  mkdirSync(join(directory, 'outbox'))
-  const path = join(directory, 'outbox')
-  const outbox = openSqlite(path, 'a-project', silent)
-  t.throws(() => openSqlite(path, 'a-project', silent), { message: /another process uses the outbox in/ })
+  const path = join(t.testdir({}), 'relay')
+  const outbox = await open(path)
+  await t.rejects(open(path), { message: /another process uses the outbox in/ })
   t.equal(await outbox.put(event()), 'stored')
-  for (const name of readdirSync(path)) t.equal(statSync(join(path, name)).mode & 0o77, 0, `${name} is for its owner alone`)
+  for (const name of ['.', ...readdirSync(path)]) t.equal(statSync(join(path, name)).mode & 0o77, 0, `${name} is for its owner alone`)
   await outbox.close()
-  t.throws(() => openSqlite(path, 'another', silent), { message: /^it holds identities of another project$/ })
-  const again = openSqlite(path, 'a-project', silent)
-  await again.ack(await again.next(1))
-  await again.close()
-  const other = openSqlite(path, 'another', silent)
-  await other.close()
+  await t.rejects(open(path, OTHER), { message: /^it holds identities of another project or token\..* MIXPANEL_PROJECT_ID/ })
+  const renamed = await open(path, { fingerprint: 'its id', earlier: ['nothing', PROJECT.fingerprint] })
+  t.equal(renamed.counts().waiting, 1, 'with MIXPANEL_PROJECT_ID the outbox outlives a change of the token')
+  await renamed.ack(await renamed.next(1))
+  await renamed.close()
+  await (await open(path, OTHER)).close()
   writeFileSync(join(path, 'lock'), 'this is neither a database nor a lock. '.repeat(100))
-  t.throws(() => openSqlite(path, 'a-project', silent), { code: 'SQLITE_NOTADB' })
-  t.throws(() => openSqlite('README.md/outbox', 'a-project', silent), { code: 'ENOTDIR' })
+  await t.rejects(open(path), { message: /not a database/ })
+  await t.rejects(open('README.md/outbox'), { message: /ENOTDIR/ })
 })
 
 t.test('a commit that fails stores nothing and is logged at most once a second', async t => {
-  const logged: string[] = []
-  const outbox = openSqlite(t.testdir({}), 'a-project', { ...silent, error: (what, message) => { logged.push(message) } })
-  const unwritable = { ...event(), get json (): string { throw new Error('cannot be written') } }
-  t.same(await Promise.all([outbox.put(event()), outbox.put(unwritable)]), ['rejected', 'rejected'], 'a commit stores all of its events or none')
-  t.equal(await outbox.put(unwritable), 'rejected')
-  t.same(logged, ['outbox write rejected'])
-  t.same(outbox.counts(), { waiting: 0, dead: 0 })
+  const logged: object[] = []
+  const path = join(t.testdir({}), 'relay')
+  const outbox = await open(path, PROJECT, { ...silent, error: (what, message) => { logged.push({ ...what, message }) } })
+  const shell = new Database(join(path, 'outbox.db'))
+  shell.exec('BEGIN IMMEDIATE')
+  t.same(await Promise.all([outbox.put(event()), outbox.put(event())]), ['rejected', 'rejected'])
+  t.equal(await outbox.put(event()), 'rejected')
+  shell.exec('ROLLBACK')
+  shell.close()
+  t.match(logged, [{ cause: /locked/, message: 'outbox write rejected' }])
+  t.match(outbox.counts(), { waiting: 0, dead: 0 })
   t.equal(await outbox.put(event()), 'stored')
   await outbox.close()
+})
+
+t.test('a commit that breaks a rule of the tables is rolled back', async t => {
+  const outbox = openDatabase(join(t.testdir({}), 'relay'), PROJECT, limits)
+  t.teardown(() => outbox.close())
+  const good = ['key', event().json, 1, Infinity] as const
+  t.match(outbox.put([[...good], ['key', null as unknown as string, 1, Infinity]]), { results: ['rejected', 'rejected'], cause: /NOT NULL/ })
+  t.match(outbox.counts(), { waiting: 0, bytes: 0 })
+  t.match(outbox.put([[...good]]), { results: ['stored'] })
+  const { exec } = Database.prototype
+  const capture = t.capture(Database.prototype, 'exec', function (this: Database.Database, sql: string) {
+    exec.call(this, sql === 'COMMIT' ? 'ROLLBACK' : sql)
+    if (sql === 'COMMIT') throw new Error('database or disk is full')
+  })
+  t.match(outbox.put([[...good]]), { results: ['rejected'], cause: 'database or disk is full' }, 'SQLite has rolled back already')
+  capture.restore()
+  t.match(outbox.counts(), { waiting: 1 })
 })
 
 t.test('a damaged file makes the outbox unavailable', async t => {
   const logged: string[] = []
-  const directory = t.testdir({})
-  const outbox = openSqlite(directory, 'a-project', { ...silent, error: (what, message) => { logged.push(message) } })
+  const path = join(t.testdir({}), 'relay')
+  const outbox = await open(path, PROJECT, { ...silent, error: (what, message) => { logged.push(message) } })
   t.equal(await outbox.put(event()), 'stored')
-  const shell = new Database(join(directory, 'outbox.db'))
-  shell.exec('DROP TABLE waiting')
+  const shell = new Database(join(path, 'outbox.db'))
+  shell.exec('ALTER TABLE waiting RENAME TO gone')
   shell.close()
   t.equal(await outbox.has('a key'), 'unknown')
   t.same(logged, ['outbox unavailable'])
   await outbox.close()
 })
 
-t.test('an outbox on a disk that is nearly full stores nothing', async t => {
-  const outbox = openSqlite(t.testdir({}), 'a-project', silent)
-  const capture = t.capture(fs, 'statfsSync', () => ({ bavail: 100, blocks: 10_000, bsize: 4096 }))
-  syncBuiltinESMExports()
-  t.equal(await outbox.put(event()), 'rejected')
-  capture.restore()
-  syncBuiltinESMExports()
-  t.equal(await outbox.put(event()), 'stored')
+t.test('what is no event becomes a dead letter, and delays no other', async t => {
+  const path = join(t.testdir({}), 'relay')
+  let outbox = await open(path)
+  const three = [event(), event(), event()]
+  for (const one of three) await outbox.put(one)
+  await outbox.close()
+  const shell = new Database(join(path, 'outbox.db'))
+  shell.exec("UPDATE waiting SET event = substr(event, 2) WHERE id = 1; UPDATE waiting SET event = '{\"properties\":{\"$anon_id\":\"x\"}}' WHERE id = 2")
+  shell.close()
+  outbox = await open(path)
+  t.same((await outbox.next(10)).map(entry => entry.event), [three[2]])
+  t.match(outbox.counts(), { waiting: 1, dead: 2 })
+  t.match(await outbox.dead(10), [{ event: undefined, reason: /^unreadable/ }, { event: undefined, reason: /^unreadable/ }])
+  t.equal(await outbox.replay(await outbox.dead(10)), 2)
+  t.equal((await outbox.waiting(10)).length, 3)
   await outbox.close()
 })
 
+t.test('an outbox on a disk that is nearly full stores nothing', async t => {
+  const outbox = openHere(t, join(t.testdir({}), 'relay'))
+  const capture = t.capture(fs, 'statfsSync', () => ({ bavail: 100, blocks: 10_000, bsize: 4096 }))
+  syncBuiltinESMExports()
+  t.match(outbox.put(event()), { results: ['rejected'], cause: 'the disk is nearly full' })
+  capture.restore()
+  syncBuiltinESMExports()
+  t.match(outbox.put(event()), { results: ['stored'] })
+})
+
 t.test('an emptied outbox gives its space back to the disk', async t => {
-  const directory = t.testdir({})
-  const outbox = openSqlite(directory, 'a-project', silent)
+  const directory = join(t.testdir({}), 'relay')
+  const outbox = openHere(t, directory)
   const large = () => identifyEvent({ ...identity(), properties: { text: 'x'.repeat(10_000) } }, Date.now())
-  await Promise.all(Array.from({ length: 1000 }, () => outbox.put(large())))
+  outbox.put(...Array.from({ length: 1000 }, large))
   for (let left = 999; left > 0;) {
-    const entries = await outbox.next(left)
-    await outbox.ack(entries)
+    const entries = outbox.next(left)
+    outbox.ack(entries)
     left -= entries.length
   }
   t.ok(statSync(join(directory, 'outbox.db')).size > 8_000_000)
@@ -85,11 +139,105 @@ t.test('an emptied outbox gives its space back to the disk', async t => {
     if (sql.startsWith('VACUUM')) throw new Error('database or disk is full')
     return exec.call(this, sql)
   })
-  await outbox.ack(await outbox.next(1))
+  outbox.ack(outbox.next(1))
   t.ok(statSync(join(directory, 'outbox.db')).size > 8_000_000, 'without room for VACUUM the file stays as it is')
   capture.restore()
-  t.equal(await outbox.put(event()), 'stored')
-  await outbox.ack(await outbox.next(1))
+  t.match(outbox.put(event()), { results: ['stored'] })
+  outbox.ack(outbox.next(1))
   t.ok(statSync(join(directory, 'outbox.db')).size < 100_000)
+})
+
+t.test('what is done to the files is noticed before the next event counts as stored', async t => {
+  const rows: [what: string, act: (directory: string) => void, cause: RegExp, undo?: (directory: string) => void][] = [
+    ['the database is removed', path => rmSync(join(path, 'outbox.db')), /outbox\.db was removed/],
+    ['its log is removed', path => rmSync(join(path, 'outbox.db-wal')), /outbox\.db-wal was removed/],
+    ['the lock is removed', path => rmSync(join(path, 'lock')), /lock was removed/],
+    ['the directory is moved away', path => renameSync(path, `${path}-away`), /relay was removed/, path => renameSync(`${path}-away`, path)],
+    ['another one takes its place', path => {
+      renameSync(path, `${path}-away`)
+      cpSync(`${path}-away`, path, { recursive: true })
+    }, /relay was replaced/, path => {
+      rmSync(path, { recursive: true })
+      renameSync(`${path}-away`, path)
+    }],
+    ['a backup is written into the file', path => writeFileSync(join(path, 'outbox.db'), 'SQLite format 3\0'), /changed by another program/]
+  ]
+  for (const [what, act, cause, undo] of rows) {
+    await t.test(what, async t => {
+      const path = join(t.testdir({}), 'relay')
+      const outbox = openHere(t, path)
+      t.match(outbox.put(event()), { results: ['stored'] })
+      act(path)
+      t.match(outbox.put(event()), { results: ['rejected'], cause })
+      t.throws(() => outbox.next(1), { message: cause }, 'nothing is delivered either')
+      undo?.(path)
+      if (undo !== undefined) t.match(outbox.put(event()), { results: ['stored'] }, 'put back, it works again')
+    })
+  }
+  const path = join(t.testdir({}), 'relay')
+  const outbox = openHere(t, path)
+  const { exec } = Database.prototype
+  t.capture(Database.prototype, 'exec', function (this: Database.Database, sql: string) {
+    const result = exec.call(this, sql)
+    if (sql === 'COMMIT') rmSync(join(path, 'lock'), { force: true })
+    return result
+  })
+  t.match(outbox.put(event()), { results: ['unknown'], cause: /lock was removed/ }, 'after a commit it is unknown what is kept')
+})
+
+t.test('files that other users could change are refused', async t => {
+  const rows: [what: string, act: (directory: string) => void, message: RegExp][] = [
+    ['a directory for all', path => chmodSync(path, 0o777), /relay can be changed by other users/],
+    ['a file for all', path => chmodSync(join(path, 'outbox.db'), 0o666), /outbox\.db can be changed by other users/],
+    ['another owner', path => fs.chownSync(join(path, 'outbox.db'), 12345, 12345), /outbox\.db belongs to another user \(12345\)/],
+    ['a hard link', path => linkSync(join(path, 'lock'), `${path}-lock`), /lock has a second name/],
+    ['a link', path => {
+      renameSync(join(path, 'outbox.db'), `${path}-other`)
+      symlinkSync(`${path}-other`, join(path, 'outbox.db'))
+    }, /outbox\.db is a link/],
+    ['a link to a directory', path => {
+      renameSync(path, `${path}-other`)
+      symlinkSync(`${path}-other`, path)
+    }, /relay is a link/]
+  ]
+  for (const [what, act, message] of rows) {
+    await t.test(what, { skip: what === 'another owner' && process.getuid?.() !== 0 && 'needs root' }, async t => {
+      const parent = t.testdir({})
+      chmodSync(parent, 0o777)
+      const path = join(parent, 'relay')
+      await (await open(path)).close()
+      act(path)
+      await t.rejects(open(path), { message })
+    })
+  }
+})
+
+t.test('the files of the first release are taken over, unless a relay uses them, and later ones are refused', async t => {
+  const parent = t.testdir({})
+  const old = new Database(join(parent, 'outbox.db'))
+  const two = [event(), event()]
+  old.exec(`
+    CREATE TABLE waiting (id INTEGER PRIMARY KEY AUTOINCREMENT, claim TEXT NOT NULL, event TEXT NOT NULL, endpoint TEXT) STRICT;
+    CREATE TABLE dead (id INTEGER PRIMARY KEY, claim TEXT NOT NULL, event TEXT NOT NULL, reason TEXT NOT NULL, died INTEGER NOT NULL) STRICT;
+    CREATE TABLE project (fingerprint TEXT NOT NULL) STRICT;
+    INSERT INTO project VALUES ('${PROJECT.fingerprint}');`)
+  for (const { anonKey, json } of two) old.prepare('INSERT INTO waiting (claim, event) VALUES (?, ?)').run(anonKey, json)
+  old.prepare("INSERT INTO dead VALUES (7, 'key', ?, 'why', 1)").run(two[0]!.json)
+  old.close()
+  const running = new Database(join(parent, 'lock'), { timeout: 0 })
+  running.exec('PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE')
+  const path = join(parent, 'relay')
+  await t.rejects(open(path), { message: /another process uses the outbox in/ })
+  running.exec('ROLLBACK')
+  running.close()
+
+  const outbox = await open(path)
+  t.same((await outbox.next(10)).map(entry => entry.event), two)
+  t.same(outbox.counts(), { waiting: 2, dead: 1, bytes: 2 * two[0]!.bytes + two[1]!.bytes, paused: false })
+  t.same(readdirSync(parent), ['relay'])
   await outbox.close()
+  const later = new Database(join(path, 'outbox.db'))
+  later.exec('PRAGMA user_version = 2')
+  later.close()
+  await t.rejects(open(path), { message: /it has version 2, of a later release/ })
 })

@@ -1,8 +1,12 @@
 import { randomUUID } from 'node:crypto'
+import { existsSync, mkdtempSync, rmSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
+import { readConfig } from '#src/config.js'
 import { identifyEvent, parseEvent } from '#src/identity/event.js'
-import { emptied, identity, startRelay, startRelayWithOutbox } from './helper.ts'
+import type { Outbox } from '#src/outbox/outbox.js'
+import { createDeadLetterExpiry } from '#src/relay/dead-letter-expiry.js'
+import { emptied, identity, silent, startRelay, startRelayWithOutbox, temporary } from './helper.ts'
 import { violations, type Call } from './delivery-check.ts'
 
 const outage = { name: 'edge_down' as const, times: 1_000_000 }
@@ -16,7 +20,7 @@ t.test('while Mixpanel is unreachable an identity gets 202, is on disk, and is d
   t.same(answer.json(), { status: 'queued' })
   t.notOk('preference-applied' in answer.headers)
   const [entry] = await relay.outbox.waiting(10)
-  const stored = parseEvent(entry!.event).properties
+  const stored = parseEvent(entry!.event!).properties
   t.match(stored, { $identified_id: one.identified_id, plan: 'pro' })
   t.notOk('token' in stored, 'the outbox does not hold the token')
   t.match(relay.logged().find(line => line.status === 202), { cause: 'mixpanel_unreachable', insert_id: stored.$insert_id })
@@ -185,4 +189,55 @@ t.test('all spellings of an anonymous id have one key', async t => {
   const anon = randomUUID()
   const keys = [anon, `$device:${anon}`, anon.toUpperCase()].map(spelling => identifyEvent({ identified_id: 'u', anon_id: spelling }, 0).anonKey)
   t.equal(new Set(keys).size, 1)
+})
+
+t.test('OUTBOX_MAX_BYTES bounds the outbox, and callers on an open address may fill half of it', async t => {
+  for (const [env, count] of [[{}, 4], [{ HOST: '0.0.0.0', ALLOW_ANONYMOUS: 'true' }, 2]] as const) {
+    const relay = await startRelayWithOutbox(t, { env: { OUTBOX_MAX_BYTES: '840', ...env } })
+    await relay.outbox.pause(true)
+    const statuses: number[] = []
+    for (let sent = 0; sent < 6; sent++) statuses.push((await relay.post(identity({ identified_id: `user-${sent}` }))).statusCode)
+    t.same(statuses, Array.from({ length: 6 }, (_, index) => index < count ? 202 : 503))
+    t.match(relay.logged().find(line => line.msg === 'outbox write rejected'), { cause: /^full: \d+ bytes of/ })
+  }
+})
+
+t.test('DEAD_LETTER_DAYS deletes older dead letters and logs how many', async t => {
+  const directory = `file:${temporary(t)}/outbox`
+  const first = await startRelayWithOutbox(t, { env: { OUTBOX: directory } })
+  first.sandbox.faults.add({ name: 'refused', times: 4 })
+  t.equal((await first.post(identity(), { headers: { prefer: 'respond-async' } })).statusCode, 202)
+  await emptied(first)
+  t.match(first.outbox.counts(), { dead: 1 })
+  await first.app.close()
+  await first.outbox.close()
+  first.outbox.close = async () => {}
+
+  const now = Date.now()
+  const { Date: RealDate } = globalThis
+  t.teardown(() => { globalThis.Date = RealDate })
+  globalThis.Date = class extends RealDate { static override now () { return now + 8 * 24 * 3_600_000 } } as DateConstructor
+  const second = await startRelayWithOutbox(t, { env: { OUTBOX: directory, DEAD_LETTER_DAYS: '7' } })
+  while (second.outbox.counts().dead > 0) await sleep(10)
+  globalThis.Date = RealDate
+  while (!second.lines.some(line => line.includes('old dead letters dropped'))) await sleep(10)
+  t.match(second.logged().find(line => line.msg === 'old dead letters dropped'), { level: 40, identities: 1, days: 7 })
+})
+
+t.test('an outbox that cannot delete old dead letters says so', async t => {
+  const logged: string[] = []
+  const outbox = { expire: async () => { throw new Error('the disk is gone') } } as unknown as Outbox
+  const expiry = createDeadLetterExpiry(readConfig({ MIXPANEL_TOKEN: 'x', DEAD_LETTER_DAYS: '1' }, () => ''), outbox,
+    { ...silent, error: (fields, message) => { logged.push(message) } })
+  expiry.start()
+  await sleep(10)
+  expiry.stop()
+  t.same(logged, ['old dead letters not dropped'])
+})
+
+t.test('an outbox on a file system without a disk is a warning', { skip: !existsSync('/dev/shm') && 'needs /dev/shm' }, async t => {
+  const directory = mkdtempSync('/dev/shm/relay-')
+  t.teardown(() => rmSync(directory, { recursive: true }))
+  const relay = await startRelayWithOutbox(t, { env: { OUTBOX: `file:${directory}` } })
+  t.match(relay.logged().find(line => line.msg === 'outbox on a weak file system'), { level: 40, file_system: 'tmpfs' })
 })

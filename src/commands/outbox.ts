@@ -1,7 +1,7 @@
-import { existsSync } from 'node:fs'
+import { dirname } from 'node:path'
 import type { Config } from '../config.ts'
 import { callAdminSocket } from './admin-socket.ts'
-import { directoryOf, openConnection, openOutbox } from '../outbox/open.ts'
+import { directoryOf, hasOutbox, openConnection, openOutbox } from '../outbox/open.ts'
 import { runAdminCommand, UsageError } from './admin.ts'
 import { DirectoryInUse } from '../outbox/outbox.ts'
 
@@ -9,12 +9,14 @@ const noop = () => {}
 const silent = { debug: noop, info: noop, warn: noop, error: noop }
 
 /**
- * Runs `outbox list | dead | replay | drop` and yields the text to print: see `runAdminCommand`. A relay that has the
+ * Runs an `outbox` command and yields the text to print: see `runAdminCommand`. A relay that has the
  * outbox directory open runs the command itself; Redis allows several processes. Throws a UsageError without an outbox.
  */
 export async function * outboxCommand (config: Config, args: string[]): AsyncGenerator<string> {
   const directory = directoryOf(config)
-  if (directory !== undefined && !existsSync(directory)) throw new UsageError(`${directory} does not exist.`)
+  if (directory !== undefined && !hasOutbox(directory)) {
+    throw new UsageError(`There is no outbox in ${dirname(directory)}.`)
+  }
   const redis = config.OUTBOX === 'redis' ? await openConnection(config, silent) : undefined
   try {
     const outbox = await openOutbox(config, redis, silent)

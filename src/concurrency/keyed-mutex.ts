@@ -2,21 +2,26 @@ import { createInFlight } from './in-flight.ts'
 
 /** A mutex for each key: tasks with one key run one at a time, in the order of the calls. */
 export function createKeyedMutex () {
-  /** Callbacks that start the queued tasks of a key, whose first task runs. */
-  const queues = new Map<string, (() => void)[]>()
+  /** Callbacks that start the queued tasks of a key, whose first task runs. Most keys have none. */
+  const queues = new Map<string, (() => void)[] | undefined>()
   const inFlight = createInFlight()
 
   async function run<Result> (key: string, task: () => Promise<Result>): Promise<Result> {
     inFlight.begin()
-    const queue = queues.get(key)
-    if (queue === undefined) queues.set(key, [])
-    else await new Promise<void>(resolve => queue.push(resolve))
+    if (queues.has(key)) await turn(key)
+    else queues.set(key, undefined)
     try {
       return await task()
     } finally {
       release(key)
       inFlight.end()
     }
+  }
+
+  function turn (key: string): Promise<void> {
+    const queue = queues.get(key) ?? []
+    queues.set(key, queue)
+    return new Promise(resolve => queue.push(resolve))
   }
 
   function release (key: string): void {

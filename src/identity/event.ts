@@ -57,9 +57,14 @@ export function identifyEvent (identity: Identity, now: number): PendingEvent {
  */
 export const isTooLarge = ({ bytes }: PendingEvent): boolean => bytes > MAX_IDENTITY_BYTES + 4096
 
-/** Returns the event that was stored as `json`, byte for byte. Throws if `json` is not an event. */
-export function storedEvent (json: string): PendingEvent {
-  return pending(parseEvent({ json }), json)
+/** Returns the event that was stored as `json`, byte for byte; undefined if `json` is no event. */
+export function storedEvent (json: string): PendingEvent | undefined {
+  try {
+    const event = pending(parseEvent({ json }), json)
+    return typeof event.insertId === 'string' && Number.isFinite(event.time) ? event : undefined
+  } catch {
+    return undefined
+  }
 }
 
 /** Returns the event as an object. */

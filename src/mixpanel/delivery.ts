@@ -107,9 +107,17 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
       const since = performance.now()
       const verdicts = await bisect(items)
       const ms = Math.round((performance.now() - since) * 10) / 10
+      // Nearly always all events have one verdict and as many attempts.
+      let last: Verdict | undefined
+      let described: Verdict | undefined
       return verdicts.map((verdict, index) => {
         const { attempts = 0 } = items[index] as OutgoingEvent
-        return attempts === 0 ? verdict : { ...verdict, sent: { mixpanel_ms: ms, attempts, events: items.length } }
+        if (attempts === 0) return verdict
+        if (verdict !== last || described?.sent?.attempts !== attempts) {
+          last = verdict
+          described = { ...verdict, sent: { mixpanel_ms: ms, attempts, events: items.length } }
+        }
+        return described
       })
     },
 

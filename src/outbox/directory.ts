@@ -1,23 +1,35 @@
-import { closeSync, existsSync, mkdirSync, openSync, statfsSync, statSync } from 'node:fs'
+import {
+  closeSync, existsSync, lstatSync, mkdirSync, openSync, rmSync, statfsSync, statSync, type Stats
+} from 'node:fs'
 import { dirname, join } from 'node:path'
+import { geteuid } from 'node:process'
 import Database from 'libsql'
 import { DirectoryInUse } from './outbox.ts'
+import { migrate } from './statements.ts'
 
 /** Free disk space for emptying the outbox, which writes as well. On a small disk it is a tenth of the disk. */
 const RESERVED_BYTES = 16 * 1024 * 1024
+
+/** How long a commit waits for another program that reads or locks the file. */
+const BUSY_TIMEOUT_MS = 1000
 
 /** The most bytes of free pages that the file keeps for the next outage. */
 const MAX_UNUSED_BYTES = 4 * 1024 * 1024
 
 /**
- * Opens the database in `directory`, and creates the directory if it is missing. Throws DirectoryInUse when another
- * process has opened it; the sqlite3 shell may still read `outbox.db`. The caller must `close` it.
+ * Opens the database in `directory`, a subdirectory of the relay's own; it and its parents are created if they are
+ * missing. Events that an earlier release has left in the parent are moved into it. Throws DirectoryInUse when another
+ * process has opened it, and an error for files that other users could change. The caller must `close` it.
  */
 export function openDirectory (directory: string) {
-  if (!existsSync(directory)) mkdirSync(directory, { recursive: true, mode: 0o700 })
-  const unlock = lock(join(directory, 'lock'))
-  const file = join(directory, 'outbox.db')
-  const db = open(file)
+  mkdirSync(directory, { recursive: true, mode: 0o700 })
+  const paths = ['lock', 'outbox.db', 'outbox.db-wal'].map(name => join(directory, name)) as [string, string, string]
+  const [lockFile, file] = paths
+  for (const path of [directory, ...paths]) refuseForeign(path)
+  const unlock = lock(lockFile)
+  const db = open(file, { timeout: BUSY_TIMEOUT_MS })
+  db.exec('PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;')
+  importFrom(dirname(directory), db)
   const pragma = (name: string) => db.prepare(`PRAGMA ${name}`).pluck().all()[0] as number
   /** Runs statements that need disk space themselves. On a full disk they have no effect, and nothing is lost. */
   const tryExec = (sql: string) => {
@@ -26,9 +38,36 @@ export function openDirectory (directory: string) {
     } catch {}
   }
   const unusedBytes = () => pragma('freelist_count') * pragma('page_size')
+  const watched = new Map<string, Pick<Stats, 'dev' | 'ino'>>()
+  let written: Pick<Stats, 'mtimeMs' | 'size'> | undefined
+
+  function remember (): void {
+    if (watched.size > 0) written = statSync(file, { throwIfNoEntry: false })
+  }
 
   return {
     db,
+
+    /** Remembers which files these are. Call it once all of them exist. */
+    watch (): void {
+      for (const path of [directory, ...paths]) watched.set(path, statSync(path))
+      written = statSync(file)
+    },
+
+    /** Remembers the state of the file after this process has written to it. */
+    remember,
+
+    /** Throws when the files are no longer those that were opened, or when another program has written to them. */
+    check (): void {
+      for (const [path, { dev, ino }] of watched) {
+        const stats = statSync(path, { throwIfNoEntry: false })
+        if (stats === undefined) throw new Error(`${path} was removed: restart the relay`)
+        if (stats.dev !== dev || stats.ino !== ino) throw new Error(`${path} was replaced: restart the relay`)
+        if (path === file && (stats.mtimeMs !== written?.mtimeMs || stats.size !== written.size)) {
+          throw new Error(`${path} was changed by another program: restart the relay`)
+        }
+      }
+    },
 
     /** Returns true if the disk has room only for emptying the outbox. */
     isDiskLow (): boolean {
@@ -40,7 +79,9 @@ export function openDirectory (directory: string) {
 
     /** Returns free pages to the disk, if possible. Fast while the tables are nearly empty. */
     shrink (): void {
-      if (unusedBytes() > MAX_UNUSED_BYTES) tryExec('VACUUM; PRAGMA wal_checkpoint(TRUNCATE);')
+      if (unusedBytes() <= MAX_UNUSED_BYTES) return
+      tryExec('VACUUM; PRAGMA wal_checkpoint(TRUNCATE);')
+      remember()
     },
 
     close (): void {
@@ -49,6 +90,16 @@ export function openDirectory (directory: string) {
       unlock()
     }
   }
+}
+
+/** Throws if `path` exists and other users can change it, or what it leads to. */
+function refuseForeign (path: string): void {
+  const stats = lstatSync(path, { throwIfNoEntry: false })
+  if (stats === undefined) return
+  if (stats.isSymbolicLink()) throw new Error(`${path} is a link`)
+  if (stats.isFile() && stats.nlink > 1) throw new Error(`${path} has a second name (a hard link)`)
+  if (stats.uid !== geteuid?.()) throw new Error(`${path} belongs to another user (${stats.uid})`)
+  if ((stats.mode & 0o022) !== 0) throw new Error(`${path} can be changed by other users: chmod go-w`)
 }
 
 /** Opens a database that only its owner may read; SQLite gives its side files the same mode. */
@@ -70,5 +121,35 @@ function lock (path: string): () => void {
   return () => {
     db.exec('ROLLBACK')
     db.close()
+  }
+}
+
+/**
+ * Moves the events of the first release, which had its files in `directory` itself. After a crash in between they are
+ * moved again; the second delivery has the same bytes. Throws DirectoryInUse while a relay of that release runs.
+ */
+function importFrom (directory: string, db: Database.Database): void {
+  const [lockFile, file] = ['lock', 'outbox.db'].map(name => join(directory, name)) as [string, string]
+  if (!existsSync(file)) return
+  for (const path of [lockFile, file]) refuseForeign(path)
+  const unlock = lock(lockFile)
+  try {
+    const old = open(file)
+    migrate(old)
+    old.close()
+    migrate(db)
+    db.prepare('ATTACH ? AS old').run(file)
+    db.exec(`
+      BEGIN IMMEDIATE;
+      INSERT INTO project SELECT * FROM old.project WHERE NOT EXISTS (SELECT 1 FROM project);
+      INSERT INTO waiting (claim, event, endpoint) SELECT claim, event, endpoint FROM old.waiting ORDER BY id;
+      INSERT INTO dead (claim, event, reason, died) SELECT claim, event, reason, died FROM old.dead ORDER BY id;
+      COMMIT;
+      DETACH old;`)
+  } finally {
+    unlock()
+  }
+  for (const name of ['outbox.db-wal', 'outbox.db-shm', 'outbox.db', 'operators.sock', 'lock']) {
+    rmSync(join(directory, name), { force: true })
   }
 }

@@ -1,7 +1,9 @@
-import { projectFingerprint, type Config } from '../config.ts'
+import { existsSync, statfsSync } from 'node:fs'
+import { dirname, join } from 'node:path'
+import { projectOf, type Config } from '../config.ts'
 import type { Log } from '../log.ts'
 import { connectRedis, type Redis } from '../redis.ts'
-import { DirectoryInUse, type Outbox } from './outbox.ts'
+import { DirectoryInUse, MAX_ENTRIES, type Outbox } from './outbox.ts'
 
 /** A relay that is silent for DEADLINE_MS plus this is dead, or waits for Mixpanel: it delivers nothing. */
 const LEASE_AFTER_DEADLINE_MS = 5000
@@ -11,9 +13,26 @@ export async function openConnection ({ REDIS_URL: url }: Config, log: Log): Pro
   return url === undefined ? undefined : connectRedis(url, log)
 }
 
-/** Returns the directory that OUTBOX names; undefined for other stores. */
+/** Returns the relay's own directory in the one that OUTBOX names: its mode is 0700, whatever that of the other. */
 export function directoryOf ({ OUTBOX: outbox }: Config): string | undefined {
-  return outbox.startsWith('file:') ? outbox.slice('file:'.length) : undefined
+  return outbox.startsWith('file:') ? join(outbox.slice('file:'.length), 'relay') : undefined
+}
+
+/** Returns true if `directory`, a `directoryOf`, or files of the first release beside it exist. */
+export const hasOutbox = (directory: string) =>
+  existsSync(directory) || existsSync(join(dirname(directory), 'outbox.db'))
+
+/** File systems that forget files, or lack the locks or the fsync that SQLite needs, by their type in statfs(2). */
+const WEAK_FILE_SYSTEMS = new Map([
+  [0x01021994, 'tmpfs'], [0x858458f6, 'ramfs'], [0x6969, 'NFS'], [0x517b, 'SMB'], [0xff534d42, 'CIFS'],
+  [0xfe534d42, 'SMB 2'], [0x01021997, '9p']
+])
+
+/** Logs a warning when a 202 is worth less on the file system of a directory. */
+function reportFileSystem (directory: string, log: Log): void {
+  const name = WEAK_FILE_SYSTEMS.get(statfsSync(directory).type)
+  const risk = 'queued identities may be lost when the machine or its network fails'
+  if (name !== undefined) log.warn({ file_system: name, risk }, 'outbox on a weak file system')
 }
 
 /** Resolves with the configured outbox, if any, and loads only its modules. Rejects when it cannot be used. */
@@ -24,13 +43,16 @@ export async function openOutbox (
   if (directory !== undefined) {
     const { openSqlite } = await import('./sqlite.ts')
     try {
-      return openSqlite(directory, projectFingerprint(config), log)
+      const outbox = await openSqlite(directory, projectOf(config), log, { maxEntries: MAX_ENTRIES })
+      reportFileSystem(directory, log)
+      return outbox
     } catch (error) {
       if (error instanceof DirectoryInUse) throw error
-      throw new Error(`${directory} cannot be used as the outbox: ${(error as Error).message}`)
+      throw new Error(`OUTBOX: ${dirname(directory)} cannot be used: ${(error as Error).message}`)
     }
   }
   if (config.OUTBOX === 'off' || redis === undefined) return undefined
   const { openRedis } = await import('./redis.ts')
-  return openRedis(redis, projectFingerprint(config), log, config.DEADLINE_MS + LEASE_AFTER_DEADLINE_MS)
+  const leaseMs = config.DEADLINE_MS + LEASE_AFTER_DEADLINE_MS
+  return openRedis(redis, projectOf(config), log, { leaseMs, maxEntries: MAX_ENTRIES })
 }

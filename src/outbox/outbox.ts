@@ -1,4 +1,4 @@
-import type { PendingEvent } from '../identity/event.ts'
+import { storedEvent, type PendingEvent } from '../identity/event.ts'
 
 /** A queued event, exactly as it was validated. */
 export interface Entry {
@@ -9,8 +9,17 @@ export interface Entry {
   endpoint?: 'import'
 }
 
+/** A queued event for an operator. `event` is undefined if what is stored is no event. */
+export interface Listed extends Omit<Entry, 'event'> { event: PendingEvent | undefined }
+
 /** An event that is not sent again, with the reason. An operator replays or drops it. */
-export interface DeadLetter { id: string, event: PendingEvent, reason: string, died: Date }
+export interface DeadLetter extends Listed { reason: string, died: Date }
+
+/** How many entries and dead letters exist, the bytes of their events, and whether an operator has paused delivery. */
+export interface Counts { waiting: number, dead: number, bytes: number, paused: boolean }
+
+/** What an outbox may hold, dead letters included. */
+export interface Limits { maxEntries: number }
 
 export type PutResult = 'stored' | 'rejected' | 'unknown'
 export type HasResult = 'yes' | 'no' | 'unknown'
@@ -21,28 +30,38 @@ export type HasResult = 'yes' | 'no' | 'unknown'
  * then they have changed nothing, or may safely be called again.
  */
 export interface Outbox {
-  /** Resolves with `stored` once the event is on disk, and with `unknown` when the store does not answer in time. */
-  put: (event: PendingEvent) => Promise<PutResult>
+  /**
+   * Resolves with `stored` once the event is on disk, with `rejected` when the store is full (with the event it would
+   * hold more than `maxBytes`) or cannot write, and with `unknown` when it does not answer in time.
+   */
+  put: (event: PendingEvent, maxBytes?: number) => Promise<PutResult>
   /** Resolves with whether an event with this anonKey is queued, and with `unknown` when the store cannot tell. */
   has: (anonKey: string) => Promise<HasResult>
   /**
    * Resolves with the oldest entries after the id `after`, in order: at most `count`, and about a megabyte. They stay
-   * until `ack` or `deadLetter`. Resolves with none while another process delivers; one at a time keeps the order.
+   * until `ack` or `deadLetter`. Resolves with none while delivery is paused, and while another process delivers; one
+   * at a time keeps the order. What is no event becomes a dead letter.
    */
   next: (count: number, after?: string) => Promise<Entry[]>
   /** Deletes delivered entries. */
   ack: (entries: Entry[]) => Promise<void>
   /** Turns entries into dead letters. */
   deadLetter: (entries: { entry: Entry, reason: string }[]) => Promise<void>
-  /** Returns how many entries and dead letters exist, as far as this process knows. */
-  counts: () => { waiting: number, dead: number }
+  /** Returns the counts as far as this process knows. */
+  counts: () => Counts
   /** Resolves, for operators, with up to `count` entries after the id `after`, in order. */
-  waiting: (count: number, after?: string) => Promise<Entry[]>
+  waiting: (count: number, after?: string) => Promise<Listed[]>
   dead: (count: number, after?: string) => Promise<DeadLetter[]>
   /** Queues dead letters again, behind all others. Resolves with how many existed. */
   replay: (letters: Pick<Entry, 'id' | 'endpoint'>[]) => Promise<number>
   /** Deletes dead letters. Resolves with how many existed. */
   drop: (letters: Pick<Entry, 'id'>[]) => Promise<number>
+  /** Deletes the dead letters that died before a date. Resolves with how many. */
+  expire: (before: Date) => Promise<number>
+  /** Deletes queued entries for good, delivered or not. Resolves with how many existed. */
+  erase: (entries: Entry[]) => Promise<number>
+  /** Stops or resumes delivery, for all processes and over restarts. Events are stored all the same. */
+  pause: (isPaused: boolean) => Promise<void>
   /** Lets another process deliver. No method may be called afterwards. */
   close: () => Promise<void>
 }
@@ -52,6 +71,25 @@ export const MAX_ENTRIES = 1_000_000
 
 /** The most bytes of one `next`; the last entry may exceed it. */
 export const MAX_NEXT_BYTES = 1_000_000
+
+/** The reason of a dead letter whose stored text is no event. */
+export const UNREADABLE = 'unreadable: it was changed after it was stored'
+
+/** Splits stored rows into entries and what is no event. */
+export function readRows<Row extends { id: string, json: string, endpoint?: 'import' }> (rows: Row[]) {
+  const entries: Entry[] = []
+  const unreadable: Row[] = []
+  for (const row of rows) {
+    const { event, ...rest } = listed(row)
+    if (event === undefined) unreadable.push(row)
+    else entries.push({ ...rest, event })
+  }
+  return { entries, unreadable }
+}
+
+/** Returns a stored row for an operator. */
+export const listed = ({ id, json, endpoint }: { id: string, json: string, endpoint?: 'import' }): Listed =>
+  ({ id, event: storedEvent(json), ...endpoint !== undefined && { endpoint } })
 
 /** The error when another process has opened the directory. */
 export class DirectoryInUse extends Error {}

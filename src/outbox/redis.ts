@@ -1,15 +1,16 @@
 import { randomUUID } from 'node:crypto'
-import { createBatcher } from '../concurrency/batcher.ts'
-import { storedEvent, type PendingEvent } from '../identity/event.ts'
-import { throttledError, type Log } from '../log.ts'
+import type { Project } from '../config.ts'
+import type { Log } from '../log.ts'
 import { connectBackground, withTimeout, FOREGROUND_TIMEOUT_MS, type Redis } from '../redis.ts'
+import { groupCalls } from './grouped.ts'
 import {
-  MAX_ENTRIES, MAX_NEXT_BYTES, type DeadLetter, type Entry, type HasResult, type Outbox, type PutResult
+  listed, MAX_NEXT_BYTES, readRows, UNREADABLE,
+  type Counts, type DeadLetter, type Entry, type Limits, type Outbox, type PutResult
 } from './outbox.ts'
-import { SCRIPTS } from './scripts.ts'
+import { KEYS, SCRIPTS, VERSION } from './scripts.ts'
 
 /** The most events in one script; a script blocks all other clients of Redis. */
-const MAX_PUT = 100
+const MAX_GROUP = 100
 
 /** The timeout of commands that no caller waits for, and whose answers may have a megabyte. */
 const BACKGROUND_TIMEOUT_MS = 5000
@@ -19,88 +20,107 @@ type Fields = [id: string, fields: string[]]
 /**
  * Opens an outbox in Redis, for several relays of one project: two streams, and a lease that lets one relay at a time
  * deliver. `leaseMs` should exceed the time that a relay needs to deliver a round. `foreground` is the connection for
- * commands that callers wait for; its creator closes it. Rejects when Redis does not answer.
+ * commands that callers wait for; its creator closes it. Rejects when Redis does not answer, or refuses a script.
  */
 export async function openRedis (
-  foreground: Redis, project: string, log: Log, leaseMs: number, maxEntries = MAX_ENTRIES
+  foreground: Redis, project: Project, log: Log, { leaseMs, maxEntries }: Limits & { leaseMs: number }
 ): Promise<Outbox> {
-  // The braces keep all keys on one node of a cluster.
-  const keys = ['waiting', 'dead', 'claims', 'lease'].map(name => `{identify-relay:${project}}:${name}`)
-  const [WAITING, DEAD, CLAIMS] = keys as [string, string, string]
+  const keys = await keysOf(foreground, project)
+  const [WAITING, DEAD] = keys as [string, string]
+  const CLAIMS = keys[2] as string
   const relayId = randomUUID()
-  let counts = { waiting: 0, dead: 0 }
+  let counts: Counts = { waiting: 0, dead: 0, bytes: 0, paused: false }
   const background = await connectBackground(foreground, BACKGROUND_TIMEOUT_MS)
   for (const redis of [foreground, background]) {
     for (const [name, lua] of Object.entries(SCRIPTS)) redis.defineCommand(name, { numberOfKeys: keys.length, lua })
   }
-  type Script = (...args: (string | number)[]) => Promise<[waiting: number, dead: number, result: unknown]>
+  type Reply = [waiting: number, dead: number, bytes: number, paused: number, result: unknown]
+  type Script = (...args: (string | number)[]) => Promise<Reply>
   async function run<Result> (
     redis: Redis, name: keyof typeof SCRIPTS, ...args: (string | number)[]
   ): Promise<Result> {
     const script = (redis as unknown as Record<string, Script>)[name] as Script
     const ms = redis === foreground ? FOREGROUND_TIMEOUT_MS : BACKGROUND_TIMEOUT_MS
-    const [waiting, dead, result] = await withTimeout(redis, ms, script.call(redis, ...keys, ...args))
-    counts = { waiting, dead }
+    const [waiting, dead, bytes, paused, result] = await withTimeout(redis, ms, script.call(redis, ...keys, ...args))
+    counts = { waiting, dead, bytes: Math.max(0, bytes), paused: paused === 1 }
     return result as Result
   }
 
   async function refresh (): Promise<void> {
-    counts = { waiting: await background.xlen(WAITING), dead: await background.xlen(DEAD) }
+    await run(background, 'OPEN', VERSION)
     await reportDurability(background, log)
   }
-  await refresh()
+  try {
+    await refresh()
+  } catch (error) {
+    background.disconnect()
+    throw new Error(`REDIS_URL: Redis cannot hold the outbox: ${(error as Error).message}`)
+  }
   // A refresh that fails is repeated after the next reconnection.
   background.on('ready', () => refresh().catch(() => {}))
-  const logError = throttledError((what, message) => log.error(what, message), 1000)
 
-  const unknownFor = (items: unknown[]) => (error: Error) => {
-    logError({ cause: error.message }, 'outbox unavailable')
-    return items.map(() => 'unknown' as const)
-  }
-
-  /** Stores all of the events or none. */
-  async function store (events: PendingEvent[]): Promise<PutResult[]> {
-    const entries = events.flatMap(({ anonKey, json }) => [anonKey, json])
-    const refusal = await run(foreground, 'PUT', maxEntries, ...entries)
-      .then(stored => stored === 1 ? undefined : `full: ${maxEntries} entries`, refusalOf)
-    if (refusal !== undefined) logError({ cause: refusal }, 'outbox write rejected')
-    return events.map(() => refusal === undefined ? 'stored' : 'rejected')
-  }
-
-  async function lookUp (anonKeys: string[]): Promise<HasResult[]> {
-    const counts = await withTimeout(foreground, FOREGROUND_TIMEOUT_MS, foreground.hmget(CLAIMS, ...anonKeys))
-    return counts.map(count => count === null ? 'no' : 'yes')
-  }
-
-  const puts = createBatcher<PendingEvent, PutResult>({
-    maxBatch: MAX_PUT, send: events => store(events).catch(unknownFor(events))
-  })
-  const lookups = createBatcher<string, HasResult>({
-    maxBatch: MAX_PUT, send: anonKeys => lookUp(anonKeys).catch(unknownFor(anonKeys))
-  })
+  const groups = groupCalls({
+    maxGroup: MAX_GROUP,
+    store: events => {
+      const args = events.flatMap(({ event: { anonKey, json, bytes }, maxBytes }) => [anonKey, json, bytes, maxBytes])
+      return run<number[]>(foreground, 'PUT', maxEntries, ...args).then(stored => ({
+        results: stored.map((isStored): PutResult => isStored === 1 ? 'stored' : 'rejected'),
+        ...stored.includes(0) && { cause: `full: ${counts.waiting + counts.dead} entries, ${counts.bytes} bytes` }
+      }), error => ({ results: events.map((): PutResult => 'rejected'), cause: refusalOf(error) }))
+    },
+    async lookUp (anonKeys) {
+      const found = await withTimeout(foreground, FOREGROUND_TIMEOUT_MS, foreground.hmget(CLAIMS, ...anonKeys))
+      return found.map(count => count !== null)
+    }
+  }, log)
 
   async function range (key: string, count: number, after?: string): Promise<Fields[]> {
     const command = background.xrange(key, startOf(after), '+', 'COUNT', count)
     return await withTimeout(background, BACKGROUND_TIMEOUT_MS, command) as Fields[]
   }
 
+  const remove = (entries: Entry[]) =>
+    run<number>(background, 'ACK', ...entries.flatMap(({ id, event }) => [id, event.anonKey, event.bytes]))
+  const deadLetter = (letters: { id: string, claim: string, json: string, reason: string }[]) => {
+    const args = letters.flatMap(({ id, claim, json, reason }) => [id, claim, json, reason])
+    return run<void>(background, 'DEAD_LETTER', Date.now(), ...args)
+  }
+
   return {
-    // A batcher without maxItems never returns undefined.
-    put: event => puts.add(event),
-    has: anonKey => lookups.add(anonKey),
-    next: async (count, after) =>
-      (await run<Fields[]>(background, 'NEXT', relayId, leaseMs, startOf(after), count, MAX_NEXT_BYTES)).map(asEntry),
-    ack: entries => run(background, 'ACK', ...entries.flatMap(({ id, event }) => [id, event.anonKey])),
-    deadLetter: letters => run(background, 'DEAD_LETTER', Date.now(), ...letters.flatMap(
-      ({ entry: { id, event }, reason }) => [id, event.anonKey, event.json, reason]
-    )),
+    put: groups.put,
+    has: groups.has,
+    async next (count, after) {
+      const before = counts.waiting + counts.dead
+      const [rows, gone] = await run<[Fields[], number]>(
+        background, 'NEXT', relayId, leaseMs, startOf(after), count, MAX_NEXT_BYTES, VERSION)
+      const lost = gone === -1 ? before : gone
+      if (lost > 0) log.error({ identities: lost }, 'queued identities are gone from Redis')
+      const { entries, unreadable } = readRows(rows.map(asRow))
+      if (unreadable.length > 0) {
+        log.error({ identities: unreadable.length }, 'unreadable events dead-lettered')
+        await deadLetter(unreadable.map(row => ({ ...row, reason: UNREADABLE })))
+      }
+      return entries
+    },
+    async ack (entries) { await remove(entries) },
+    deadLetter: letters => deadLetter(letters.map(({ entry: { id, event }, reason }) =>
+      ({ id, claim: event.anonKey, json: event.json, reason }))),
     counts: () => counts,
-    waiting: async (count, after) => (await range(WAITING, count, after)).map(asEntry),
+    waiting: async (count, after) => (await range(WAITING, count, after)).map(fields => listed(asRow(fields))),
     dead: async (count, after) => (await range(DEAD, count, after)).map(asLetter),
     replay: letters => run(background, 'REPLAY', ...letters.flatMap(({ id, endpoint = '' }) => [id, endpoint])),
     drop: letters => run(background, 'DROP', ...letters.map(({ id }) => id)),
+    async expire (before) {
+      let dropped = 0
+      for (let count = MAX_GROUP; count === MAX_GROUP; dropped += count) {
+        count = await run<number>(background, 'EXPIRE', before.getTime(), MAX_GROUP)
+      }
+      return dropped
+    },
+    erase: remove,
+    pause: isPaused => run(background, 'PAUSE', isPaused ? 1 : 0),
     async close () {
-      await Promise.all([puts.idle(), lookups.idle()])
+      await groups.idle()
       // Otherwise another relay would have to wait until the lease expires.
       await run(foreground, 'RELEASE', relayId).catch(() => {})
       background.disconnect()
@@ -108,22 +128,41 @@ export async function openRedis (
   }
 }
 
-/** Returns the message of an error with which Redis refused to run a script; throws any other error. */
+const nameKeys = (fingerprint: string) => KEYS.map(name => `{identify-relay:${fingerprint}}:${name}`)
+
+/**
+ * Returns the names of the keys. With MIXPANEL_PROJECT_ID they outlive a change of the token, so the name that the
+ * project had first is kept in Redis. The braces keep all keys on one node of a cluster.
+ */
+async function keysOf (redis: Redis, { fingerprint, earlier }: Project): Promise<string[]> {
+  if (earlier.length === 0) return nameKeys(fingerprint)
+  const pointer = `identify-relay:${fingerprint}:outbox`
+  const inTime = <Result> (command: Promise<Result>) => withTimeout(redis, BACKGROUND_TIMEOUT_MS, command)
+  let name = await inTime(redis.get(pointer))
+  if (name === null) {
+    const found = await Promise.all(earlier.map(one => inTime(redis.exists(...nameKeys(one).slice(0, 2)))))
+    await inTime(redis.set(pointer, earlier[Math.max(0, found.findIndex(count => count > 0))] as string, 'NX'))
+    name = await inTime(redis.get(pointer))
+  }
+  return nameKeys(name as string)
+}
+
+/** Returns the message of an error that Redis answered: nothing was stored. Throws any other, after which it may be. */
 function refusalOf (error: Error): string {
-  if (/\b(OOM|READONLY|MISCONF|NOREPLICAS) /.test(error.message)) return error.message
+  if (error.name === 'ReplyError') return error.message
   throw error
 }
 
 const startOf = (after: string | undefined) => after === undefined ? '-' : `(${after}`
 
-function asEntry ([id, fields]: Fields): Entry {
-  const [, , , event, , endpoint] = fields as [string, string, string, string, string?, string?]
-  return { id, event: storedEvent(event), ...endpoint === 'import' && { endpoint } }
+function asRow ([id, fields]: Fields) {
+  const [, claim = '', , json = '', , endpoint] = fields
+  return { id, claim, json, ...endpoint === 'import' && { endpoint } as const }
 }
 
 function asLetter ([id, fields]: Fields): DeadLetter {
-  const [, , , event, , reason, , died] = fields as [string, string, string, string, string, string, string, string]
-  return { id, event: storedEvent(event), reason, died: new Date(Number(died)) }
+  const [, , , json = '', , reason = '', , died] = fields
+  return { ...listed({ id, json }), reason, died: new Date(Number(died)) }
 }
 
 /** Logs whether a 202 survives a power failure at Redis: at start and after each reconnection. */

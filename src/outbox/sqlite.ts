@@ -1,123 +1,103 @@
-import { createBatcher } from '../concurrency/batcher.ts'
-import { storedEvent, type PendingEvent } from '../identity/event.ts'
-import { throttledError, type Log } from '../log.ts'
-import { openDirectory } from './directory.ts'
-import { MAX_ENTRIES, MAX_NEXT_BYTES, type DeadLetter, type Entry, type Outbox, type PutResult } from './outbox.ts'
-import { prepare, type DeadRow, type WaitingRow } from './statements.ts'
+import { once } from 'node:events'
+import { Worker } from 'node:worker_threads'
+import type { Project } from '../config.ts'
+import type { Log } from '../log.ts'
+import { groupCalls } from './grouped.ts'
+import type { Database } from './database.ts'
+import { DirectoryInUse, listed, readRows, UNREADABLE, type Counts, type Limits, type Outbox } from './outbox.ts'
+import type { Answer, Call, ThreadData } from './sqlite-thread.ts'
+import type { WaitingRow } from './statements.ts'
 
-/** The most events in one transaction; more would block the event loop. */
-const MAX_COMMIT = 1000
+/** The most events in one transaction. */
+const MAX_GROUP = 1000
+
+/** The longest time that a request waits for the disk. */
+const FOREGROUND_TIMEOUT_MS = 5000
+
+interface Pending { resolve: (result: never) => void, reject: (error: Error) => void }
 
 /**
- * Opens an outbox in a directory: SQLite in WAL mode with `synchronous=FULL`, so that each commit is an fsync. It runs
- * on the event loop; events of one turn share a commit. Throws DirectoryInUse, an error of SQLite or the file system,
- * or an error when the directory holds events of another project.
+ * Opens an outbox in a directory: SQLite, in a thread of its own, because each commit waits for the disk. Rejects with
+ * DirectoryInUse, an error of SQLite or of the files, or an error when they hold events of another project.
  */
-export function openSqlite (directory: string, project: string, log: Log, maxEntries = MAX_ENTRIES): Outbox {
-  const { db, isDiskLow, shrink, close } = openDirectory(directory)
-  db.exec('PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;')
-  const sql = prepare(db)
-  const countOf = (table: string) => (db.prepare(`SELECT count(*) AS n FROM ${table}`).all() as [{ n: number }])[0].n
-  const counts = { waiting: countOf('waiting'), dead: countOf('dead') }
-  const [owner] = db.prepare('SELECT fingerprint FROM project').pluck().all() as string[]
-  if (owner !== undefined && owner !== project && counts.waiting + counts.dead > 0) {
-    close()
-    throw new Error('it holds identities of another project')
-  }
-  // Write only when the project is new: on a full disk a relay must still start, to empty the outbox.
-  if (owner !== project) {
-    transact(() => {
-      db.exec('DELETE FROM project')
-      db.prepare('INSERT INTO project VALUES (?)').run(project)
-    })
-  }
+export async function openSqlite (directory: string, project: Project, log: Log, limits: Limits): Promise<Outbox> {
+  const workerData: ThreadData = { directory, project, limits }
+  const worker = new Worker(new URL('./sqlite-thread.js', import.meta.url), { workerData, execArgv: [] })
+  const exit = once(worker, 'exit')
+  const calls = new Map<number, Pending>()
+  let lastId = 0
+  let counts: Counts = { waiting: 0, dead: 0, bytes: 0, paused: false }
 
-  const logError = throttledError((what, message) => log.error(what, message), 1000)
+  worker.on('message', ({ id, result, error, counts: now }: Answer) => {
+    const call = calls.get(id)
+    calls.delete(id)
+    counts = now ?? counts
+    if (error === undefined) call?.resolve(result as never)
+    else call?.reject(error.isInUse ? new DirectoryInUse(error.message) : new Error(error.message))
+  })
+  // A bug in the thread ends the process, as one in this thread would.
+  worker.on('error', error => { setImmediate(() => { throw error }) })
 
-  function transact<T> (work: () => T): T {
-    db.exec('BEGIN IMMEDIATE')
-    try {
-      const result = work()
-      db.exec('COMMIT')
-      return result
-    } catch (error) {
-      // After some errors, such as a full disk, SQLite has already rolled back.
-      if (db.inTransaction) db.exec('ROLLBACK')
-      throw error
-    }
+  const answerTo = (id: number) => new Promise<never>((resolve, reject) => { calls.set(id, { resolve, reject }) })
+
+  function call<Name extends keyof Database> (
+    name: Name, ...args: Parameters<Database[Name]>
+  ): Promise<ReturnType<Database[Name]>> {
+    const message: Call = { id: ++lastId, name, args }
+    worker.postMessage(message)
+    return answerTo(message.id)
   }
 
-  /** Stores all of the events or none: a group commit. */
-  async function commit (events: PendingEvent[]): Promise<PutResult[]> {
-    try {
-      if (counts.waiting + counts.dead + events.length > maxEntries) throw new Error(`full: ${maxEntries} entries`)
-      if (isDiskLow()) throw new Error('the disk is nearly full')
-      transact(() => {
-        for (const { anonKey, json } of events) sql.put.run(anonKey, json)
-      })
-      counts.waiting += events.length
-      return events.map(() => 'stored')
-    } catch (error) {
-      logError({ cause: (error as Error).message }, 'outbox write rejected')
-      return events.map(() => 'rejected')
-    }
-  }
-
-  const puts = createBatcher<PendingEvent, PutResult>({ send: commit, maxBatch: MAX_COMMIT })
-
-  const asEntry = ({ id, event, endpoint }: WaitingRow): Entry =>
-    ({ id: String(id), event: storedEvent(event), ...endpoint !== null && { endpoint } })
-  const asLetter = ({ id, event, reason, died }: DeadRow): DeadLetter =>
-    ({ id: String(id), event: storedEvent(event), reason, died: new Date(died) })
-  const asArray = (list: { id: string }[]) => JSON.stringify(list.map(({ id }) => Number(id)))
-  const remove = (entries: Entry[]) => sql.remove.run(asArray(entries)).changes
+  await answerTo(0)
+  const groups = groupCalls({
+    maxGroup: MAX_GROUP,
+    maxStores: 1,
+    store: events => inTime(call('put', events.map(
+      ({ event: { anonKey, json, bytes }, maxBytes }) => [anonKey, json, bytes, maxBytes]
+    ))),
+    lookUp: anonKeys => inTime(call('has', anonKeys))
+  }, log)
 
   return {
-    // A batcher without maxItems never returns undefined.
-    put: event => puts.add(event),
-    async has (anonKey) {
-      try {
-        return counts.waiting > 0 && sql.has.all(anonKey).length > 0 ? 'yes' : 'no'
-      } catch (error) {
-        logError({ cause: (error as Error).message }, 'outbox unavailable')
-        return 'unknown'
+    put: groups.put,
+    // A put is counted before it resolves.
+    has: async anonKey => counts.waiting === 0 ? 'no' : await groups.has(anonKey),
+    async next (count, after) {
+      if (counts.waiting === 0) return []
+      const { entries, unreadable } = readRows((await call('next', count, after)).map(asRow))
+      if (unreadable.length > 0) {
+        log.error({ identities: unreadable.length }, 'unreadable events dead-lettered')
+        await call('deadLetter', unreadable.map(({ id }) => ({ id, reason: UNREADABLE })))
       }
+      return entries
     },
-    next: async (count, after = '0') => counts.waiting > 0
-      ? (sql.next.all(Number(after), count, MAX_NEXT_BYTES) as WaitingRow[]).map(asEntry)
-      : [],
-    async ack (entries) {
-      counts.waiting -= remove(entries)
-      if (counts.waiting === 0 && counts.dead < MAX_COMMIT) shrink()
-    },
-    async deadLetter (letters) {
-      const moved = transact(() => {
-        for (const { entry, reason } of letters) sql.deadLetter.run(reason, Date.now(), Number(entry.id))
-        return remove(letters.map(({ entry }) => entry))
-      })
-      counts.waiting -= moved
-      counts.dead += moved
-    },
-    counts: () => ({ ...counts }),
-    waiting: async (count, after = '0') => (sql.waiting.all(Number(after), count) as WaitingRow[]).map(asEntry),
-    dead: async (count, after = '0') => (sql.dead.all(Number(after), count) as DeadRow[]).map(asLetter),
-    async replay (letters) {
-      const replayed = transact(() => {
-        for (const { id, endpoint = null } of letters) sql.replay.run(endpoint, Number(id))
-        return sql.drop.run(asArray(letters)).changes
-      })
-      counts.waiting += replayed
-      counts.dead -= replayed
-      return replayed
-    },
-    async drop (letters) {
-      const { changes } = sql.drop.run(asArray(letters))
-      counts.dead -= changes
-      return changes
-    },
+    ack: entries => call('ack', idsOf(entries)),
+    deadLetter: letters => call('deadLetter', letters.map(({ entry: { id }, reason }) => ({ id, reason }))),
+    counts: () => counts,
+    waiting: async (count, after) => (await call('waiting', count, after)).map(row => listed(asRow(row))),
+    dead: async (count, after) => (await call('dead', count, after)).map(({ id, json, reason, died }) =>
+      ({ ...listed({ id: String(id), json }), reason, died: new Date(died) })),
+    replay: letters => call('replay', letters),
+    drop: letters => call('drop', idsOf(letters)),
+    expire: before => call('expire', before.getTime()),
+    erase: entries => call('erase', idsOf(entries)),
+    pause: isPaused => call('pause', isPaused),
     async close () {
-      await puts.idle()
-      close()
+      await groups.idle()
+      await call('close')
+      await exit
     }
   }
+}
+
+const asRow = ({ id, json, endpoint }: WaitingRow) => ({ id: String(id), json, ...endpoint !== null && { endpoint } })
+const idsOf = (list: { id: string }[]) => list.map(({ id }) => ({ id }))
+
+/** Rejects when the disk has not answered in time; what it answers later does not matter. */
+function inTime<Result> (call: Promise<Result>): Promise<Result> {
+  let timer: NodeJS.Timeout | undefined
+  const timeout = new Promise<never>((_resolve, reject) => {
+    timer = setTimeout(() => reject(new Error('the disk did not answer in time')), FOREGROUND_TIMEOUT_MS)
+  })
+  return Promise.race([call, timeout]).finally(() => clearTimeout(timer))
 }

@@ -1,7 +1,13 @@
 import type { Database } from 'libsql'
 
-/** `claim` is an event's `anonKey`, `event` its JSON, `died` in ms since the epoch. */
-const SCHEMA = `
+/** The version of the tables, in `user_version`. Version 0 had no totals. */
+const VERSION = 1
+
+/**
+ * `claim` is an event's `anonKey`, `event` its JSON, `died` in ms since the epoch. Triggers keep the totals, because to
+ * count a million rows takes seconds.
+ */
+const TABLES = `
   CREATE TABLE IF NOT EXISTS waiting (
     id INTEGER PRIMARY KEY AUTOINCREMENT, claim TEXT NOT NULL, event TEXT NOT NULL, endpoint TEXT
   ) STRICT;
@@ -9,26 +15,59 @@ const SCHEMA = `
   CREATE TABLE IF NOT EXISTS dead (
     id INTEGER PRIMARY KEY, claim TEXT NOT NULL, event TEXT NOT NULL, reason TEXT NOT NULL, died INTEGER NOT NULL
   ) STRICT;
-  CREATE TABLE IF NOT EXISTS project (fingerprint TEXT NOT NULL) STRICT;`
+  CREATE TABLE IF NOT EXISTS project (fingerprint TEXT NOT NULL) STRICT;
+  CREATE TABLE totals (
+    waiting INTEGER NOT NULL, dead INTEGER NOT NULL, bytes INTEGER NOT NULL, paused INTEGER NOT NULL
+  ) STRICT;
+  INSERT INTO totals SELECT
+    (SELECT count(*) FROM waiting), (SELECT count(*) FROM dead),
+    (SELECT coalesce(sum(octet_length(event)), 0) FROM (SELECT event FROM waiting UNION ALL SELECT event FROM dead)), 0;
+  CREATE TRIGGER waiting_added AFTER INSERT ON waiting BEGIN
+    UPDATE totals SET waiting = waiting + 1, bytes = bytes + octet_length(NEW.event);
+  END;
+  CREATE TRIGGER waiting_removed AFTER DELETE ON waiting BEGIN
+    UPDATE totals SET waiting = waiting - 1, bytes = bytes - octet_length(OLD.event);
+  END;
+  CREATE TRIGGER dead_added AFTER INSERT ON dead BEGIN
+    UPDATE totals SET dead = dead + 1, bytes = bytes + octet_length(NEW.event);
+  END;
+  CREATE TRIGGER dead_removed AFTER DELETE ON dead BEGIN
+    UPDATE totals SET dead = dead - 1, bytes = bytes - octet_length(OLD.event);
+  END;
+  PRAGMA user_version = ${VERSION};`
 
-export interface WaitingRow { id: number, event: string, endpoint: 'import' | null }
-export interface DeadRow { id: number, event: string, reason: string, died: number }
+export interface WaitingRow { id: number, json: string, endpoint: 'import' | null }
+export interface DeadRow { id: number, json: string, reason: string, died: number }
+export interface Totals { waiting: number, dead: number, bytes: number, paused: number }
 
-/** Returns the prepared statements of the outbox. Creates missing tables. */
+/** Returns the version of the tables in a file. */
+const versionOf = (db: Database) => db.prepare('PRAGMA user_version').pluck().all()[0] as number
+
+/** Creates the tables, or brings those of an earlier version up to date. Throws for a file of a later version. */
+export function migrate (db: Database): void {
+  const version = versionOf(db)
+  if (version > VERSION) throw new Error(`it has version ${version}, of a later release of the relay`)
+  if (version < VERSION) db.exec(`BEGIN IMMEDIATE; ${TABLES} COMMIT;`)
+}
+
+/** Returns the prepared statements of the outbox. */
 export function prepare (db: Database) {
-  db.exec(SCHEMA)
+  migrate(db)
   return {
+    totals: db.prepare('SELECT waiting, dead, bytes, paused FROM totals'),
+    pause: db.prepare('UPDATE totals SET paused = ?'),
     put: db.prepare('INSERT INTO waiting (claim, event) VALUES (?, ?)'),
     has: db.prepare('SELECT 1 FROM waiting WHERE claim = ? LIMIT 1'),
-    waiting: db.prepare('SELECT id, event, endpoint FROM waiting WHERE id > ? ORDER BY id LIMIT ?'),
-    next: db.prepare(`SELECT id, event, endpoint FROM (
+    waiting: db.prepare('SELECT id, event AS json, endpoint FROM waiting WHERE id > ? ORDER BY id LIMIT ?'),
+    next: db.prepare(`SELECT id, event AS json, endpoint FROM (
         SELECT *, sum(length(event)) OVER (ORDER BY id) - length(event) AS before
         FROM (SELECT * FROM waiting WHERE id > ? ORDER BY id LIMIT ?)
       ) WHERE before < ?`),
-    dead: db.prepare('SELECT id, event, reason, died FROM dead WHERE id > ? ORDER BY id LIMIT ?'),
+    dead: db.prepare('SELECT id, event AS json, reason, died FROM dead WHERE id > ? ORDER BY id LIMIT ?'),
     remove: db.prepare('DELETE FROM waiting WHERE id IN (SELECT value FROM json_each(?))'),
     deadLetter: db.prepare('INSERT INTO dead SELECT id, claim, event, ?, ? FROM waiting WHERE id = ?'),
     replay: db.prepare('INSERT INTO waiting (claim, event, endpoint) SELECT claim, event, ? FROM dead WHERE id = ?'),
+    expire: db.prepare('DELETE FROM dead WHERE died < ?'),
     drop: db.prepare('DELETE FROM dead WHERE id IN (SELECT value FROM json_each(?))')
   }
 }

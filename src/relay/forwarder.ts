@@ -5,8 +5,8 @@ import type { Log } from '../log.ts'
 import { isFailure, isLimit, isNotSent, type Verdict } from '../identity/verdict.ts'
 import type { Entry, Outbox } from '../outbox/outbox.ts'
 import { backoffMs, createPauses } from './pauses.ts'
-import { createPass, finalReason, isTooOld, maxRound, planRound } from './plan.ts'
-import { createQuarantine } from './quarantine.ts'
+import { createPass, finalReason, isTooLong, isTooOld, maxRound, planRound } from './plan.ts'
+import { createSuspects } from './suspects.ts'
 
 interface Outcome { entry: Entry, verdict: Verdict }
 
@@ -24,9 +24,11 @@ const STOP_TIMEOUT_MS = 2000
 export function createForwarder (config: Config, outbox: Outbox, delivery: Delivery, log: Log) {
   const maxEntries = maxRound(config)
   const pauses = createPauses()
-  const quarantine = createQuarantine()
-  const state = { failures: 0, isClosed: false }
+  const suspects = createSuspects()
+  const state = { failures: 0, isPaused: false, isClosed: false }
   let pass = createPass()
+  /** The deletion of what the last round has settled. The next round does not wait for it; the next pass does. */
+  let settling = Promise.resolve()
 
   async function run (): Promise<void> {
     while (!pauses.isStopped()) await attempt(round)
@@ -38,26 +40,40 @@ export function createForwarder (config: Config, outbox: Outbox, delivery: Deliv
 
   async function round (): Promise<void> {
     const entries = await outbox.next(maxEntries, pass.after)
-    if (entries.length === 0) return nextPass()
+    reportPause()
+    if (entries.length === 0 || isTooLong(pass)) return nextPass()
     const expired = entries.filter(entry => isTooOld(entry, config))
     await deadLetter(expired.map(entry => ({ entry, reason: 'older than 4.5 days' })))
     const fresh = entries.filter(entry => !expired.includes(entry))
-    const { arrays, last } = planRound(fresh, pass, quarantine, config)
+    const { arrays, last = entries.at(-1)?.id } = planRound(fresh, pass, suspects, config)
     // Many rounds of deferred entries must not block the event loop.
     if (arrays.length === 0) await setImmediate()
-    const outcomes = (await Promise.all(arrays.map(deliver))).flat()
+    const delivered = await Promise.all(arrays.map(deliver))
+    await settling
     if (state.isClosed) return
-    // Record the outcomes before the next round, or delivered entries would be sent again.
-    while (!await attempt(() => settle(outcomes)) && !pauses.isStopped());
+    settling = settleUntilDone(delivered.flat())
     pass.after = last
-    await applyOutcomes(outcomes)
+    await applyOutcomes(delivered)
+  }
+
+  function reportPause (): void {
+    const { paused, ...counts } = outbox.counts()
+    if (paused && !state.isPaused) log.warn(counts, 'outbox delivery paused by an operator')
+    if (!paused && state.isPaused) log.info(counts, 'outbox delivery resumed by an operator')
+    state.isPaused = paused
+  }
+
+  async function settleUntilDone (outcomes: Outcome[]): Promise<void> {
+    while (!await attempt(() => settle(outcomes)) && !pauses.isStopped());
   }
 
   /** Returns to the oldest entry: at once if an entry was settled, because others may now follow it. */
   async function nextPass (): Promise<void> {
-    const { madeProgress, decided } = pass
+    // Otherwise delivered entries would be sent again.
+    await settling
+    const { madeProgress, hasPaused, decided } = pass
     pass = createPass(madeProgress ? decided : undefined)
-    if (!madeProgress) await pauses.idle(POLL_MS)
+    if (!madeProgress && !hasPaused) await pauses.idle(POLL_MS)
   }
 
   async function deliver (entries: Entry[]): Promise<Outcome[]> {
@@ -87,38 +103,37 @@ export function createForwarder (config: Config, outbox: Outbox, delivery: Deliv
     log.warn({ identities: letters.length, insert_ids: insertIds }, 'identities dead-lettered')
   }
 
-  /** Defers and quarantines the entries that failed, then resumes or pauses the delivery. */
-  async function applyOutcomes (outcomes: Outcome[]): Promise<void> {
-    const failed: Verdict[] = []
-    let settled = 0
-    for (const { entry, verdict } of outcomes) {
-      const anonKey = entry.event.anonKey
-      if (verdict.code === 'accepted' || finalReason(entry, verdict) !== undefined) {
-        quarantine.settled(anonKey)
-        if (verdict.code === 'accepted' && pass.deferred.delete(anonKey)) pass.decided.add(anonKey)
-        settled++
-        continue
-      }
-      pass.deferred.add(anonKey)
-      // The failure of a quarantined entry delays that entry alone. Others enter quarantine: one may have caused
-      // the failure. If Mixpanel was out of reach, `release` frees them later.
-      if (!isFailure(verdict) || !quarantine.has(anonKey)) failed.push(verdict)
-      if (isFailure(verdict)) quarantine.failed(anonKey)
+  /** Defers the entries that failed, then resumes or pauses the delivery. */
+  async function applyOutcomes (arrays: Outcome[][]): Promise<void> {
+    const isSettled = ({ entry, verdict }: Outcome) =>
+      verdict.code === 'accepted' || finalReason(entry, verdict) !== undefined
+    const settled = arrays.flat().filter(isSettled)
+    for (const { entry: { event: { anonKey } }, verdict } of settled) {
+      suspects.settled(anonKey)
+      if (verdict.code === 'accepted' && pass.deferred.delete(anonKey)) pass.decided.add(anonKey)
     }
-    pass.madeProgress ||= settled > 0
-    if (settled > 0 && !failed.some(isLimit)) {
-      if (state.failures > 0) {
-        log.info(outbox.counts(), 'outbox delivery resumed')
-        quarantine.release()
-      }
-      state.failures = 0
-    } else if (failed.length > 0) {
-      await pauseAfter(failed)
+    const remaining = arrays.map(array => array.filter(outcome => !isSettled(outcome)))
+    for (const { entry } of remaining.flat()) pass.deferred.add(entry.event.anonKey)
+    // The failure of a culprit delays that entry alone.
+    const failed = remaining.flat().filter(({ entry, verdict }) =>
+      !isFailure(verdict) || !suspects.isCulprit(entry.event.anonKey)).map(({ verdict }) => verdict)
+    pass.madeProgress ||= settled.length > 0
+    const isResumed = settled.length > 0 && !failed.some(isLimit)
+    if (isResumed && state.failures > 0) {
+      log.info(outbox.counts(), 'outbox delivery resumed')
+      suspects.release()
     }
+    if (settled.length > 0) suspects.accepted()
+    for (const array of remaining) {
+      const keys = array.filter(({ verdict }) => isFailure(verdict)).map(({ entry }) => entry.event.anonKey)
+      if (keys.length > 0) suspects.failed(keys)
+    }
+    if (isResumed) state.failures = 0
+    else if (failed.length > 0) await pauseAfter(failed)
   }
 
   async function pauseAfter (failed: Verdict[]): Promise<void> {
-    pass = createPass()
+    pass.hasPaused = true
     const retryAfterMs = Math.max(...failed.map(({ retryAfter = 0 }) => retryAfter * 1000))
     if (failed.every(isNotSent)) return pauses.outage(retryAfterMs)
     if (state.failures++ === 0) log.warn({ code: failed[0]?.code, ...outbox.counts() }, 'outbox delivery paused')
@@ -140,7 +155,8 @@ export function createForwarder (config: Config, outbox: Outbox, delivery: Deliv
     async stop (): Promise<void> {
       pauses.stop()
       let timer: NodeJS.Timeout | undefined
-      await Promise.race([running, new Promise(resolve => { timer = setTimeout(resolve, STOP_TIMEOUT_MS) })])
+      const timeout = new Promise(resolve => { timer = setTimeout(resolve, STOP_TIMEOUT_MS) })
+      await Promise.race([running?.then(() => settling), timeout])
       clearTimeout(timer)
       state.isClosed = true
     }

@@ -11,7 +11,7 @@ export const backoffMs = (failures: number) => Math.min(1000 * 2 ** failures, 60
 
 /** The forwarder's pauses, and the events that end them early. */
 export function createPauses () {
-  let pause: { isIdle: boolean, earliest: number, end: () => void } | undefined
+  const pauses = new Set<{ isIdle: boolean, earliest: number, end: () => void }>()
   let isStopped = false
 
   function wait (ms: number, isIdle: boolean, minMs: number): Promise<void> {
@@ -19,12 +19,17 @@ export function createPauses () {
     return new Promise(resolve => {
       const end = () => {
         clearTimeout(timer)
-        pause = undefined
+        pauses.delete(pause)
         resolve()
       }
       const timer = setTimeout(end, ms)
-      pause = { isIdle, earliest: performance.now() + minMs, end }
+      const pause = { isIdle, earliest: performance.now() + minMs, end }
+      pauses.add(pause)
     })
+  }
+
+  function endIf (mayEnd: (pause: { isIdle: boolean, earliest: number }) => boolean): void {
+    for (const pause of [...pauses]) if (mayEnd(pause)) pause.end()
   }
 
   return {
@@ -46,14 +51,14 @@ export function createPauses () {
     /** Resolves after `ms`. From the sixth second on, an accepted event ends the wait. */
     backoff: (ms: number) => wait(ms, false, RECOVERED_MS),
 
-    added: () => { if (pause?.isIdle) pause.end() },
-    recovered: () => { if (pause?.isIdle === false && performance.now() >= pause.earliest) pause.end() },
+    added: () => endIf(({ isIdle }) => isIdle),
+    recovered: () => endIf(({ isIdle, earliest }) => !isIdle && performance.now() >= earliest),
 
     isStopped: () => isStopped,
-    /** Ends the current pause; later pauses end at once. */
+    /** Ends all pauses; later ones end at once. */
     stop (): void {
       isStopped = true
-      pause?.end()
+      endIf(() => true)
     }
   }
 }

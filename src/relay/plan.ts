@@ -2,14 +2,17 @@ import type { Config } from '../config.ts'
 import { MAX_REQUEST_BYTES, wireBytes } from '../mixpanel/encode.ts'
 import { isTooLarge, type Verdict } from '../identity/verdict.ts'
 import type { Entry } from '../outbox/outbox.ts'
-import type { Quarantine } from './quarantine.ts'
+import type { Suspects } from './suspects.ts'
 
 /**
- * At most this many arrays are in flight. Only two may be quarantined entries, so that these alone cannot cause the
- * five failures that open the breaker.
+ * At most this many arrays are in flight. Only two may be culprits, so that these alone cannot cause the five failures
+ * that open the breaker.
  */
 const MAX_ARRAYS = 8
-const MAX_QUARANTINED = 2
+const MAX_CULPRITS = 2
+
+/** The most anonKeys that wait for a later pass; beyond it a new pass begins. */
+const MAX_DEFERRED = 100_000
 
 /** The most entries in one round; all of them are in memory together. */
 const MAX_ROUND = 2000
@@ -37,52 +40,61 @@ export interface Pass {
   /** AnonKeys with an accepted entry and deferred ones. The anonymous id is taken, so the order of the rest is free. */
   decided: Set<string>
   madeProgress: boolean
+  /** True after a pause for a failure; the next pass need not wait again. */
+  hasPaused: boolean
 }
 
 export const createPass = (decided = new Set<string>()): Pass =>
-  ({ after: undefined, deferred: new Set(), decided, madeProgress: false })
+  ({ after: undefined, deferred: new Set(), decided, madeProgress: false, hasPaused: false })
+
+/** Returns true if a pass takes too much memory. */
+export const isTooLong = ({ deferred, decided }: Pass) => deferred.size + decided.size > MAX_DEFERRED
 
 /**
  * Returns the `entries` that may be in flight together, in arrays as full as possible, and the id of the `last` entry
  * that it looked at. For each anonKey only one pair of ids is in flight, and none behind a `deferred` entry. If an
  * entry must wait, its anonKey is added to `deferred`. Once an anonKey is `decided`, order no longer matters. An array
- * has one endpoint and fits MAX_REQUEST_BYTES. A quarantined entry travels alone.
+ * has one endpoint, fits MAX_REQUEST_BYTES and the limits of `suspects`. A culprit travels alone.
  */
 export function planRound (
-  entries: Entry[], { deferred, decided }: Pick<Pass, 'deferred' | 'decided'>, quarantine: Quarantine, config: Config
+  entries: Entry[], { deferred, decided }: Pick<Pass, 'deferred' | 'decided'>, suspects: Suspects, config: Config
 ) {
   const pairs = new Map<string, string>()
   const arrays: Entry[][] = []
-  const quarantined: Entry[][] = []
+  const culprits: Entry[][] = []
   let current: Entry[] = []
+  let limit = 0
   let bytes = MAX_REQUEST_BYTES
   let last: string | undefined
   for (const entry of entries) {
     const { anonKey, insertId: pair } = entry.event
-    const isQuarantined = quarantine.has(anonKey)
-    const mustWait = quarantine.isPaused(anonKey) || (isQuarantined && quarantined.length === MAX_QUARANTINED)
+    const isCulprit = suspects.isCulprit(anonKey)
+    const mustWait = suspects.isPaused(anonKey) || (isCulprit && culprits.length === MAX_CULPRITS)
     const isSecond = !decided.has(anonKey) && (pairs.get(anonKey) ?? pair) !== pair
     if (mustWait || isSecond) deferred.add(anonKey)
     if (!deferred.has(anonKey)) {
       const size = wireBytes(entry.event, config)
-      const fits = current.length < config.MAX_BATCH && bytes + size <= MAX_REQUEST_BYTES &&
+      const ownLimit = Math.min(config.MAX_BATCH, suspects.limit(anonKey))
+      const fits = current.length < Math.min(limit, ownLimit) && bytes + size <= MAX_REQUEST_BYTES &&
         current[0]?.endpoint === entry.endpoint
-      if (isQuarantined) {
-        quarantined.push([entry])
+      if (isCulprit) {
+        culprits.push([entry])
       } else if (fits) {
         current.push(entry)
         bytes += size
+        limit = Math.min(limit, ownLimit)
       } else {
-        if (arrays.length === MAX_ARRAYS - MAX_QUARANTINED) break
+        if (arrays.length === MAX_ARRAYS - MAX_CULPRITS) break
         arrays.push(current = [entry])
         bytes = size
+        limit = ownLimit
       }
       pairs.set(anonKey, pair)
     }
     last = entry.id
   }
-  // Quarantined entries come last, so the one probe that the breaker admits is an ordinary array.
-  return { arrays: [...arrays, ...quarantined], last }
+  // Culprits come last, so the one probe that the breaker admits is an ordinary array.
+  return { arrays: [...arrays, ...culprits], last }
 }
 
 /** Returns why an entry with this verdict can never be delivered; undefined if it is delivered or still may be. */

@@ -61,14 +61,17 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
   // The first user of an anonymous id keeps it for ever, so identities with one anonymous id are sent one at a time.
   const mutex = createKeyedMutex()
 
-  async function identifyNext (
+  const sendOrStore = (item: OutgoingEvent, isAsync: boolean): Promise<Verdict> =>
+    storeAndForward === undefined ? batcher.add(item) : storeAndForward.identify(item, isAsync)
+
+  async function identifyInBatch (
     item: OutgoingEvent, isAsync: boolean, failures: Map<string, Verdict>
   ): Promise<Verdict> {
     const { anonKey } = item.event
     const failure = failures.get(anonKey)
     // If this one were sent, the caller's repeat of the earlier one would come too late.
     if (failure !== undefined) return { ...failure, taken: 'no' }
-    const verdict = await (storeAndForward === undefined ? batcher.add(item) : storeAndForward.identify(item, isAsync))
+    const verdict = await sendOrStore(item, isAsync)
     if (isRetryable(verdict)) failures.set(anonKey, verdict)
     return verdict
   }
@@ -79,15 +82,16 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
      * verdict is `overloaded`, at once. A caller that disconnects changes nothing: the event is sent or stored.
      */
     async identify (event: PendingEvent, options: IdentifyOptions = {}): Promise<Verdict> {
-      const { isStrict = false, isAsync = false, failures = new Map() } = options
+      const { isStrict = false, isAsync = false, failures } = options
       if (mutex.inFlight() >= config.MAX_IN_FLIGHT) return OVERLOADED
       if (mutex.queued(event.anonKey) >= MAX_QUEUED) return CROWDED
       if (event.time < EARLIEST_TIME) {
         logError({ time: event.time }, 'clock before the date of this release')
         return CLOCK_IS_WRONG
       }
-      const item = { event, isStrict, deadline: performance.now() + config.DEADLINE_MS }
-      return mutex.run(event.anonKey, () => identifyNext(item, isAsync, failures))
+      const item = { event, isStrict, deadline: performance.now() + config.DEADLINE_MS, attempts: 0 }
+      return mutex.run(event.anonKey, () =>
+        failures === undefined ? sendOrStore(item, isAsync) : identifyInBatch(item, isAsync, failures))
     },
 
     /** Returns the event of an identity that is validated now. */

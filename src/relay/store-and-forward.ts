@@ -1,7 +1,8 @@
-import type { Config } from '../config.ts'
+import { isLoopback, type Config } from '../config.ts'
 import type { Delivery, OutgoingEvent } from '../mixpanel/delivery.ts'
 import type { PendingEvent } from '../identity/event.ts'
 import type { Log } from '../log.ts'
+import { createDeadLetterExpiry } from './dead-letter-expiry.ts'
 import { createForwarder } from './forwarder.ts'
 import type { Outbox } from '../outbox/outbox.ts'
 import { isDeferrable, NEVER_SENT, OVERLOADED, type Verdict } from '../identity/verdict.ts'
@@ -24,13 +25,17 @@ const MAYBE_STORED = overloaded('The outbox did not answer in time and may have 
  */
 export function createStoreAndForward (config: Config, { outbox, delivery, send, log }: Dependencies) {
   const forwarder = createForwarder(config, outbox, delivery, log)
+  const expiry = createDeadLetterExpiry(config, outbox, log)
+
+  // Strangers must not fill the outbox for all others.
+  const maxBytes = isLoopback(config.HOST) ? config.OUTBOX_MAX_BYTES : config.OUTBOX_MAX_BYTES / 2
 
   /** One callback for each event being sent; it ends the wait for Mixpanel. */
   const sending = new Set<() => void>()
   let isStopped = false
 
   async function store (event: PendingEvent, cause: string): Promise<Verdict> {
-    const result = await outbox.put(event)
+    const result = await outbox.put(event, maxBytes)
     if (result !== 'stored') return result === 'rejected' ? NOT_STORED : MAYBE_STORED
     forwarder.added()
     return { code: 'queued', taken: 'unknown', cause }
@@ -47,6 +52,7 @@ export function createStoreAndForward (config: Config, { outbox, delivery, send,
 
   async function sendOrStore (item: OutgoingEvent): Promise<Verdict> {
     const { event, deadline } = item
+    if (outbox.counts().paused) return store(event, 'delivery is paused')
     const hasEarlier = await outbox.has(event.anonKey)
     if (hasEarlier === 'unknown') return STORE_UNREACHABLE
     if (hasEarlier === 'yes') return store(event, 'an earlier identity is queued')
@@ -71,7 +77,13 @@ export function createStoreAndForward (config: Config, { outbox, delivery, send,
       for (const endWait of sending) endWait()
     },
 
-    start: forwarder.start,
-    stop: forwarder.stop
+    start (): void {
+      forwarder.start()
+      expiry.start()
+    },
+    async stop (): Promise<void> {
+      expiry.stop()
+      await forwarder.stop()
+    }
   }
 }

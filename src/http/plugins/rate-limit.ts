@@ -1,7 +1,7 @@
 import rateLimit from '@fastify/rate-limit'
 import type { FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
-import { projectFingerprint, type Config } from '../../config.ts'
+import { projectOf, type Config } from '../../config.ts'
 import type { Log } from '../../log.ts'
 import type { Redis } from '../../redis.ts'
 import { addressKey } from '../address.ts'
@@ -24,7 +24,7 @@ interface Options { config: Config, redis?: Redis | undefined, log: Log }
 /** Counts every request against its caller's limit, whatever the response; only the health routes are exempt. */
 export const rateLimits = fp<Options>(async (app, { config, redis, log }) => {
   const { RATE_LIMIT_MAX: max, RATE_LIMIT_WINDOW_MS: windowMs } = config
-  const prefix = `identify-relay:${projectFingerprint(config)}:limit:`
+  const prefix = `identify-relay:${projectOf(config).fingerprint}:limit:`
   const store = createRateLimitStore({ max, windowMs, log, redis: redis && { connection: redis, prefix } })
   const keyGenerator = ({ ip }: FastifyRequest) => addressKey(ip)
   await app.register(rateLimit, {

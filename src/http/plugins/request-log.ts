@@ -7,10 +7,8 @@ import type { AccessLine } from '../../log.ts'
 export interface LogLine {
   code?: string
   cause?: string
-  insert_id?: string
-  mixpanel_ms?: number
-  attempts?: number
-  events?: number
+  insertId?: string
+  sent?: AccessLine['sent']
   identities?: number
   queued?: number
   failed?: number
@@ -58,7 +56,8 @@ export const requestLog = fp<{ logRequest: (line: AccessLine) => void }>(async (
   app.addHook('onSend', ({ route, since, method, id }, reply, payload, done) => {
     if (!route.config.unlogged) {
       const ms = Math.round((performance.now() - since) * 10) / 10
-      logRequest({ method, route: route.url, status: reply.statusCode, ms, requestId: id, details: reply.logLine })
+      const { insertId, sent, ...details } = reply.logLine
+      logRequest({ method, route: route.url, status: reply.statusCode, ms, requestId: id, insertId, sent, details })
     }
     done(null, payload)
   })

@@ -94,10 +94,10 @@ export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay,
     // The body would take as much memory again while the event waits for Mixpanel.
     forgetBody(request)
     if (request.query.dry_run === '1') return reply.send(relay.preview(event))
-    reply.logLine.insert_id = event.insertId
+    reply.logLine.insertId = event.insertId
     const isAsync = prefersAsync(request.headers.prefer)
     const verdict = await relay.identify(event, { isStrict: request.query.strict === '1', isAsync })
-    Object.assign(reply.logLine, verdict.sent)
+    reply.logLine.sent = verdict.sent
     if (verdict.code === 'accepted') return sendAccepted(reply)
     if (verdict.cause !== undefined) reply.logLine.cause = verdict.cause
     if (hasFailed(verdict)) return reply.problem(...toProblem(verdict))
