@@ -1,20 +1,27 @@
 import fs, { chmodSync, cpSync, linkSync, readdirSync, renameSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
 import { syncBuiltinESMExports } from 'node:module'
 import { join } from 'node:path'
+import { MessageChannel } from 'node:worker_threads'
 import Database from 'libsql'
 import { t, type Test } from 'tap'
 import type { Project } from '#src/config.js'
 import { identifyEvent, type PendingEvent } from '#src/identity/event.js'
 import type { Log } from '#src/log.js'
 import { openDatabase } from '#src/outbox/database.js'
-import { MAX_ENTRIES } from '#src/outbox/outbox.js'
-import { openSqlite } from '#src/outbox/sqlite.js'
+import { answerCalls } from '#src/outbox/database-calls.js'
+import { MAX_ENTRIES, type Limits, type Outbox } from '#src/outbox/outbox.js'
+import { connectOutbox, openSqlite } from '#src/outbox/sqlite.js'
 import { identity, silent } from './helper.ts'
 import { event, PROJECT, testPromises } from './outbox-promises.ts'
 
 const OTHER = { fingerprint: 'another', earlier: [] }
 const limits = { maxEntries: MAX_ENTRIES }
-const open = (directory: string, project: Project = PROJECT, log: Log = silent) => openSqlite(directory, project, log, limits)
+/** The outbox with its database in this thread, where its coverage counts. */
+function open (directory: string, project: Project = PROJECT, log: Log = silent, given: Limits = limits): Promise<Outbox> {
+  const { port1, port2 } = new MessageChannel()
+  answerCalls(port2, directory, project, given)
+  return connectOutbox(port1, log)
+}
 
 /** The database in this thread. */
 function openHere (t: Test, directory: string) {
@@ -29,6 +36,11 @@ function openHere (t: Test, directory: string) {
 t.test('the SQLite outbox keeps the promises of an outbox', async t => {
   const directory = join(t.testdir({}), 'made', 'here')
   await testPromises(t, async (maxEntries = MAX_ENTRIES) => openSqlite(directory, PROJECT, silent, { maxEntries }))
+})
+
+t.test('it does so with the database in this thread', async t => {
+  const directory = join(t.testdir({}), 'relay')
+  await testPromises(t, (maxEntries = MAX_ENTRIES) => open(directory, PROJECT, silent, { maxEntries }))
 })
 
 t.test('a directory belongs to one process and one project, and its files to their owner', async t => {
@@ -228,6 +240,7 @@ t.test('the files of the first release are taken over, unless a relay uses them,
   running.exec('PRAGMA journal_mode = MEMORY; BEGIN EXCLUSIVE')
   const path = join(parent, 'relay')
   await t.rejects(open(path), { message: /another process uses the outbox in/ })
+  await t.rejects(openSqlite(path, PROJECT, silent, limits), { message: /another process uses the outbox in/ })
   running.exec('ROLLBACK')
   running.close()
 

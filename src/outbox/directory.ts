@@ -27,9 +27,7 @@ export function openDirectory (directory: string) {
   const [lockFile, file] = paths
   for (const path of [directory, ...paths]) refuseForeign(path)
   const unlock = lock(lockFile)
-  const db = open(file, { timeout: BUSY_TIMEOUT_MS })
-  db.exec('PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;')
-  importFrom(dirname(directory), db)
+  const db = openOrUnlock(file, unlock)
   const pragma = (name: string) => db.prepare(`PRAGMA ${name}`).pluck().all()[0] as number
   /** Runs statements that need disk space themselves. On a full disk they have no effect, and nothing is lost. */
   const tryExec = (sql: string) => {
@@ -108,6 +106,22 @@ function open (path: string, options?: Database.Options): Database.Database {
   return new Database(path, options)
 }
 
+/** Opens the database of a directory whose lock is taken. Releases the lock when that fails. */
+function openOrUnlock (file: string, unlock: () => void): Database.Database {
+  let db: Database.Database | undefined
+  try {
+    db = open(file, { timeout: BUSY_TIMEOUT_MS })
+    db.exec('PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;')
+    migrate(db)
+    importFrom(dirname(dirname(file)), db)
+    return db
+  } catch (error) {
+    db?.close()
+    unlock()
+    throw error
+  }
+}
+
 /** Takes a lock, and returns a function that releases it. The kernel releases it however the process ends. */
 function lock (path: string): () => void {
   const db = open(path, { timeout: 0 })
@@ -137,7 +151,6 @@ function importFrom (directory: string, db: Database.Database): void {
     const old = open(file)
     migrate(old)
     old.close()
-    migrate(db)
     db.prepare('ATTACH ? AS old').run(file)
     db.exec(`
       BEGIN IMMEDIATE;

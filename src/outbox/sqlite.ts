@@ -1,11 +1,12 @@
 import { once } from 'node:events'
-import { Worker } from 'node:worker_threads'
+import { MessageChannel, Worker, type MessagePort } from 'node:worker_threads'
 import type { Project } from '../config.ts'
 import type { Log } from '../log.ts'
 import { groupCalls } from './grouped.ts'
 import type { Database } from './database.ts'
 import { DirectoryInUse, listed, readRows, UNREADABLE, type Counts, type Limits, type Outbox } from './outbox.ts'
-import type { Answer, Call, ThreadData } from './sqlite-thread.ts'
+import { OPENED, type Answer, type Call } from './database-calls.ts'
+import type { ThreadData } from './sqlite-thread.ts'
 import type { WaitingRow } from './statements.ts'
 
 /** The most events in one transaction. */
@@ -20,23 +21,32 @@ interface Pending { resolve: (result: never) => void, reject: (error: Error) => 
  * Opens an outbox in a directory: SQLite, in a thread of its own, because each commit waits for the disk. Rejects with
  * DirectoryInUse, an error of SQLite or of the files, or an error when they hold events of another project.
  */
-export async function openSqlite (directory: string, project: Project, log: Log, limits: Limits): Promise<Outbox> {
-  const workerData: ThreadData = { directory, project, limits }
-  const worker = new Worker(new URL('./sqlite-thread.js', import.meta.url), { workerData, execArgv: [] })
-  const exit = once(worker, 'exit')
+export function openSqlite (directory: string, project: Project, log: Log, limits: Limits): Promise<Outbox> {
+  const { port1: ours, port2: port } = new MessageChannel()
+  const workerData: ThreadData = { port, directory, project, limits }
+  // The thread needs no variable, and none of the loaders that a test runner passes in NODE_OPTIONS.
+  const worker = new Worker(new URL('./sqlite-thread.js', import.meta.url), {
+    workerData, transferList: [port], execArgv: [], env: {}
+  })
+  // A bug in the thread ends the process, as one in this thread would.
+  worker.on('error', error => { setImmediate(() => { throw error }) })
+  return connectOutbox(ours, log)
+}
+
+/** Resolves with the outbox whose database answers on the other end of `port`. Rejects as `openSqlite` does. */
+export async function connectOutbox (port: MessagePort, log: Log): Promise<Outbox> {
+  const closed = once(port, 'close')
   const calls = new Map<number, Pending>()
-  let lastId = 0
+  let lastId = OPENED
   let counts: Counts = { waiting: 0, dead: 0, bytes: 0, paused: false }
 
-  worker.on('message', ({ id, result, error, counts: now }: Answer) => {
+  port.on('message', ({ id, result, error, counts: now }: Answer) => {
     const call = calls.get(id)
     calls.delete(id)
     counts = now ?? counts
     if (error === undefined) call?.resolve(result as never)
     else call?.reject(error.isInUse ? new DirectoryInUse(error.message) : new Error(error.message))
   })
-  // A bug in the thread ends the process, as one in this thread would.
-  worker.on('error', error => { setImmediate(() => { throw error }) })
 
   const answerTo = (id: number) => new Promise<never>((resolve, reject) => { calls.set(id, { resolve, reject }) })
 
@@ -44,11 +54,11 @@ export async function openSqlite (directory: string, project: Project, log: Log,
     name: Name, ...args: Parameters<Database[Name]>
   ): Promise<ReturnType<Database[Name]>> {
     const message: Call = { id: ++lastId, name, args }
-    worker.postMessage(message)
+    port.postMessage(message)
     return answerTo(message.id)
   }
 
-  await answerTo(0)
+  await answerTo(OPENED)
   const groups = groupCalls({
     maxGroup: MAX_GROUP,
     maxStores: 1,
@@ -85,7 +95,7 @@ export async function openSqlite (directory: string, project: Project, log: Log,
     async close () {
       await groups.idle()
       await call('close')
-      await exit
+      await closed
     }
   }
 }

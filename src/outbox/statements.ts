@@ -50,9 +50,8 @@ export function migrate (db: Database): void {
   if (version < VERSION) db.exec(`BEGIN IMMEDIATE; ${TABLES} COMMIT;`)
 }
 
-/** Returns the prepared statements of the outbox. */
+/** Returns the prepared statements of the outbox, for a database that is up to date. */
 export function prepare (db: Database) {
-  migrate(db)
   return {
     totals: db.prepare('SELECT waiting, dead, bytes, paused FROM totals'),
     pause: db.prepare('UPDATE totals SET paused = ?'),
