@@ -15,9 +15,9 @@ const CONNECT_COMMAND_TIMEOUT_MS = 1000
 const LOSS_MS = 250
 
 /**
- * Resolves with a connection to Redis, for commands under `withTimeout`. While the connection is lost, commands wait
- * for the next attempt to connect, and fail with it. ioredis reconnects by itself and sends no command twice. Rejects,
- * with a cause that holds no secret, when Redis cannot be reached now.
+ * Resolves with a connection to Redis, for commands under `withTimeout`. ioredis reconnects by itself and
+ * sends no command twice. In the first moments after a loss commands wait for the next attempt to connect; later they
+ * fail at once. Rejects, with a cause that holds no secret, when Redis cannot be reached now.
  */
 export async function connectRedis (url: string, log: Log): Promise<Redis> {
   const { Redis } = await import('ioredis')
@@ -34,7 +34,6 @@ export async function connectRedis (url: string, log: Log): Promise<Redis> {
     retryStrategy: attempts => Math.min((attempts - 1) * 50, 1000)
   })
   let cause = CLOSED
-  let isLost = false
   redis.on('error', (error: NodeJS.ErrnoException) => { cause = error.code ?? error.message })
   try {
     await redis.connect()
@@ -47,8 +46,9 @@ export async function connectRedis (url: string, log: Log): Promise<Redis> {
   let lossTimer: NodeJS.Timeout | undefined
   redis.on('close', () => {
     lossTimer ??= setTimeout(() => {
-      isLost = true
       log.error({ cause }, 'Redis connection lost')
+      // From now on commands fail at once.
+      redis.options.enableOfflineQueue = false
     }, LOSS_MS)
   })
   redis.on('end', () => clearTimeout(lossTimer))
@@ -56,8 +56,8 @@ export async function connectRedis (url: string, log: Log): Promise<Redis> {
     clearTimeout(lossTimer)
     lossTimer = undefined
     cause = CLOSED
-    if (isLost) log.info({}, 'Redis connection restored')
-    isLost = false
+    if (!redis.options.enableOfflineQueue) log.info({}, 'Redis connection restored')
+    redis.options.enableOfflineQueue = true
   })
   return redis
 }

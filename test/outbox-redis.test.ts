@@ -249,3 +249,59 @@ t.test('with MIXPANEL_PROJECT_ID the outbox outlives a change of the token', nee
   t.equal(fresh.counts().waiting, 2, 'a token belongs to one project')
   t.equal((await open({ MIXPANEL_TOKEN: 'another' })).counts().waiting, 0)
 })
+
+t.test('what Redis answers decides what is known: a refusal stored nothing, silence may have', needsRedis, async t => {
+  const server = await startRedis(t)
+  let answer: ((socket: Socket) => void) | undefined
+  const proxy = createServer(socket => {
+    const other = connect(server.port, '127.0.0.1')
+    for (const one of [socket, other]) one.on('error', () => {}).on('close', () => { socket.destroy(); other.destroy() })
+    socket.on('data', chunk => {
+      if (answer !== undefined && /eval/i.test(String(chunk))) answer(socket)
+      else other.write(chunk)
+    })
+    other.pipe(socket)
+  }).listen(0, '127.0.0.1')
+  await once(proxy, 'listening')
+  const redis = await connectRedis(`redis://127.0.0.1:${(proxy.address() as AddressInfo).port}`, silent)
+  const outbox = await openRedis(redis, PROJECT, silent, { leaseMs: 200, maxEntries: MAX_ENTRIES })
+  t.teardown(async () => {
+    answer = undefined
+    await outbox.close()
+    redis.disconnect()
+    proxy.close()
+  })
+  // As Redis 6.2, 7 and 8, and Valkey word them.
+  const refusals = [
+    "ERR Error running script (call to f_0): @user_script:13: @user_script: 13: -OOM command not allowed when used memory > 'maxmemory'.",
+    "OOM command not allowed when used memory > 'maxmemory'. script: 0, on @user_script:13.",
+    "READONLY You can't write against a read only replica. script: 0, on @user_script:13.",
+    'ERR Error running script (call to f_0): @user_script:13: -READONLY You can\'t write against a read only replica.',
+    'MISCONF Redis is configured to save RDB snapshots, but it\'s currently unable to persist to disk.',
+    'MISCONF Errors writing to the AOF file: No space left on device',
+    'NOREPLICAS Not enough good replicas to write.',
+    'NOPERM User default has no permissions to run the \'xadd\' command',
+    'BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.',
+    'LOADING Redis is loading the dataset in memory',
+    'MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to \'no\'.',
+    'CLUSTERDOWN The cluster is down'
+  ]
+  for (const text of refusals) {
+    answer = socket => socket.write(`-${text}\r\n`)
+    t.equal(await outbox.put(event()), 'rejected', text)
+    answer = undefined
+    while (await outbox.has('a key') !== 'no') await sleep(10)
+  }
+  for (const [what, silence] of [
+    ['a cut connection', (socket: Socket) => socket.destroy()],
+    ['no answer', () => {}],
+    ['half of one', (socket: Socket) => socket.write('*5\r\n:1\r\n')]
+  ] as const) {
+    answer = silence
+    t.equal(await outbox.put(event()), 'unknown', what)
+    answer = undefined
+    while (await outbox.has('a key') !== 'no') await sleep(10)
+  }
+  t.equal(await outbox.put(event()), 'stored')
+  t.equal(outbox.counts().waiting, 1)
+})

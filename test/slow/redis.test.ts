@@ -1,7 +1,10 @@
+import { once } from 'node:events'
+import { connect, createServer, type AddressInfo, type Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
+import { connectRedis } from '#src/redis.js'
 import { createCallers } from '../load.ts'
-import { needsRedis, startRedis, startSandbox } from '../helper.ts'
+import { identity, needsRedis, silent, startRedis, startSandbox } from '../helper.ts'
 import { violations } from '../delivery-check.ts'
 import { startServer } from '../processes.ts'
 
@@ -60,4 +63,79 @@ t.test('two relays lose nothing while their Redis is killed and stopped, and one
   t.comment(JSON.stringify(callers.statuses()))
   const repeats = callers.calls.length
   t.same(violations(callers.calls, sandbox.ledger.rows(), { repeats, doubtful: 32 * faults }), [])
+})
+
+t.test('five thousand identities that wait in Redis are delivered within five seconds of the first success', needsRedis, async t => {
+  const redis = await startRedis(t)
+  const sandbox = await startSandbox(t)
+  const server = await startServer(t, sandbox.url, { OUTBOX: 'redis', REDIS_URL: redis.url })
+  sandbox.faults.add({ name: 'edge_down', times: 1_000_000 })
+  for (let count = 0; count < 10; count++) {
+    const answer = await fetch(`${server.url}/identify/batch`, {
+      method: 'POST',
+      headers: { 'content-type': 'application/json', prefer: 'respond-async' },
+      body: JSON.stringify({ identities: Array.from({ length: 500 }, () => identity()) })
+    })
+    t.equal(answer.status, 202)
+  }
+  // The forwarder has met the outage.
+  await sleep(3000)
+  sandbox.faults.clear()
+  while (sandbox.ledger.rows().length === 0) await sleep(5)
+  const since = performance.now()
+  while (sandbox.ledger.rows().length < 5000) await sleep(20)
+  const ms = performance.now() - since
+  t.comment(`all are delivered ${ms.toFixed(0)} ms after the first success`)
+  t.ok(ms < 5000, `all are delivered within 5 s, and were in ${ms.toFixed(0)} ms`)
+  await server.emptied()
+  t.equal(await server.kill('SIGTERM'), 0)
+})
+
+t.test('a failover behind one address is over within two seconds', needsRedis, async t => {
+  const primary = await startRedis(t)
+  const replica = await startRedis(t, { more: ['--replicaof', '127.0.0.1', String(primary.port)] })
+  let port = primary.port
+  const sockets = new Set<Socket>()
+  const address = createServer(socket => {
+    const other = connect(port, '127.0.0.1')
+    sockets.add(socket)
+    for (const one of [socket, other]) one.on('error', () => {})
+    socket.pipe(other).pipe(socket)
+  }).listen(0, '127.0.0.1')
+  await once(address, 'listening')
+  t.teardown(() => {
+    for (const socket of sockets) socket.destroy()
+    address.close()
+  })
+  const sandbox = await startSandbox(t)
+  const url = `redis://127.0.0.1:${(address.address() as AddressInfo).port}`
+  const server = await startServer(t, sandbox.url, { OUTBOX: 'redis', REDIS_URL: url })
+  sandbox.faults.add({ name: 'edge_down', times: 1_000_000 })
+  const callers = createCallers(() => server.url, { pauseMs: 5 })
+  const admin = await connectRedis(replica.url, silent)
+  t.teardown(() => admin.disconnect())
+  while (!(await admin.info('replication')).includes('master_link_status:up')) await sleep(100)
+  callers.start(8)
+  await sleep(1500)
+  // As after a failover by an operator: the address leads to the new primary, and the old one still answers on its connections.
+  const old = await connectRedis(primary.url, silent)
+  t.teardown(() => old.disconnect())
+  await old.call('REPLICAOF', '127.0.0.1', String(replica.port))
+  await admin.call('REPLICAOF', 'NO', 'ONE')
+  port = replica.port
+  const since = performance.now()
+  let from = callers.calls.length
+  while (!callers.calls.slice(from).some(({ status }) => status === 202)) await sleep(10)
+  const ms = performance.now() - since
+  t.ok(ms < 2000, `identities are queued again after ${ms.toFixed(0)} ms`)
+  from = callers.calls.length
+  await sleep(1000)
+  t.same(new Set(callers.calls.slice(from + 8).map(({ status }) => status)), new Set([202]))
+  await callers.stop()
+  sandbox.faults.clear()
+  await server.emptied()
+  const sent = new Set(sandbox.ledger.rows().map(row => row.properties.$identified_id))
+  const lost = callers.calls.filter(({ status, identity }) => status === 202 && !sent.has(identity.identified_id))
+  t.ok(lost.length < 10, `replication is asynchronous, so few may be lost, and ${lost.length} were`)
+  t.equal(await server.kill('SIGTERM'), 0)
 })
