@@ -46,20 +46,22 @@ async function runServe (config: Config): Promise<void> {
     await Promise.all([import('./log.ts'), import('./commands/serve.ts')])
   const stats = fstatSync(1)
   const isStream = stats.isFIFO() || stats.isSocket() || process.stdout.isTTY
+  let isWaitingForDisk = () => false
   const destination = createDestination(isStream ? streamSink(process.stdout) : fileSink(1))
   process.on('exit', () => {
     destination.flush()
-    // On exit Node waits for its threads, and so for a name server that does not answer.
+    // On exit Node waits for its threads, and so for a name server or a disk that does not answer.
     const isResolving = process.getActiveResourcesInfo().includes('GetAddrInfoReqWrap')
     /* c8 ignore next -- a killed process reports no coverage; see test/slow/signals.test.ts */
-    if (isResolving) process.kill(process.pid, 'SIGKILL')
+    if (isResolving || isWaitingForDisk()) process.kill(process.pid, 'SIGKILL')
   })
   const log = createLog(config.LOG_LEVEL, destination)
-  const { end } = await serve(config, log, openFilesLimit(() => readFileSync('/proc/self/limits', 'utf8')))
+  const relay = await serve(config, log, openFilesLimit(() => readFileSync('/proc/self/limits', 'utf8')))
+  isWaitingForDisk = relay.isWaitingForDisk
   for (const signal of END_SIGNALS) process.off(signal, exitDuringStart)
   if (process.env.npm_lifecycle_event !== 'start') return
   const { whenOrphaned } = await import('./commands/npm-parent.ts')
-  whenOrphaned(() => process.ppid, pid => readFileSync(`/proc/${pid}/stat`, 'utf8'), end)
+  whenOrphaned(() => process.ppid, pid => readFileSync(`/proc/${pid}/stat`, 'utf8'), relay.end)
 }
 
 /** Runs one command. The exit code is 0, or 1 with one sentence for each error on standard error. */

@@ -1,6 +1,7 @@
 import fs, { chmodSync, cpSync, linkSync, readdirSync, renameSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
 import { syncBuiltinESMExports } from 'node:module'
 import { join } from 'node:path'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { MessageChannel } from 'node:worker_threads'
 import Database from 'libsql'
 import { t, type Test } from 'tap'
@@ -253,4 +254,27 @@ t.test('the files of the first release are taken over, unless a relay uses them,
   later.exec('PRAGMA user_version = 2')
   later.close()
   await t.rejects(open(path), { message: /it has version 2, of a later release/ })
+})
+
+t.test('while the disk does not answer, only the first requests wait for it, and nothing gathers', async t => {
+  const { port1, port2 } = new MessageChannel()
+  const stalled: unknown[] = []
+  let isStalled = false
+  const relayed = new MessageChannel()
+  port2.on('message', call => { isStalled ? stalled.push(call) : relayed.port1.postMessage(call) })
+  relayed.port1.on('message', answer => port2.postMessage(answer))
+  relayed.port1.on('close', () => port2.close())
+  answerCalls(relayed.port2, join(t.testdir({}), 'relay'), PROJECT, limits)
+  const outbox = await connectOutbox(port1, silent)
+  t.equal(await outbox.put(event()), 'stored')
+  isStalled = true
+  t.equal(await outbox.put(event()), 'unknown', 'it may be stored')
+  t.equal(await outbox.put(event()), 'rejected')
+  t.equal(await outbox.has('a key'), 'unknown')
+  t.equal(stalled.length, 1)
+  isStalled = false
+  relayed.port1.postMessage(stalled[0])
+  while (await outbox.put(event()) !== 'stored') await sleep(10)
+  t.equal(outbox.counts().waiting, 3, 'what was late is stored')
+  await outbox.close()
 })

@@ -11,6 +11,19 @@ import { startSandbox, temporary, TOKEN, type Env } from './helper.ts'
 import { violations } from './delivery-check.ts'
 import { SERVER, startProcess, startServer } from './processes.ts'
 
+/** Returns NODE_OPTIONS with which the thread of the outbox runs `code` first. `Database` is the class of libsql. */
+export function inOutboxThread (code: string): string {
+  const dataUrl = (text: string) => `data:text/javascript,${encodeURIComponent(text)}`
+  const inThread = dataUrl(`import Database from 'file://${process.cwd()}/node_modules/libsql/index.js'\n${code}`)
+  return `--import=${dataUrl(`
+    import threads from 'node:worker_threads'
+    import { syncBuiltinESMExports } from 'node:module'
+    threads.Worker = class extends threads.Worker {
+      constructor (url, options) { super(url, { ...options, execArgv: [${JSON.stringify(`--import=${inThread}`)}] }) }
+    }
+    syncBuiltinESMExports()`)}`
+}
+
 /** Kills the relay repeatedly while callers fill its outbox. Mixpanel is unreachable, or with `isFlapping` comes and goes. */
 export async function killed (t: Test, { rounds, writers, isFlapping = false, env = {} as Env }: { rounds: number, writers: number, isFlapping?: boolean, env?: Env }) {
   const sandbox = await startSandbox(t)

@@ -40,10 +40,11 @@ export const openapiDocument = (config: Config) =>
  * Starts the relay and resolves when it listens. From then on a signal starts a shutdown, which takes at most
  * SHUTDOWN_DELAY_MS + SHUTDOWN_TIMEOUT_MS + 3 s; a second signal ends the process at once. Rejects with a sentence when
  * the relay cannot start. `openFiles` is the number of files that the process may open. `end` acts as a first signal.
+ * `isWaitingForDisk` returns true while the outbox closes: if its disk hangs, so would an exit.
  */
 export async function serve (
   requested: Config, { logger, logRequest }: ReturnType<typeof createLog>, openFiles = Infinity
-): Promise<{ end: () => void }> {
+): Promise<{ end: () => void, isWaitingForDisk: () => boolean }> {
   const connections = Math.max(1, Math.min(requested.MAX_CONNECTIONS, openFiles - OTHER_FILES))
   const config = { ...requested, MAX_CONNECTIONS: connections }
   if (connections < requested.MAX_CONNECTIONS) {
@@ -73,6 +74,7 @@ export async function serve (
   }
   const url = await app.listen({ host: config.HOST, port: config.PORT, backlog: BACKLOG })
 
+  let isClosingOutbox = false
   const delay = config.SHUTDOWN_DELAY_MS + config.SHUTDOWN_TIMEOUT_MS + CLOSING_MS
   const { close } = closeWithGrace({ delay, logger, skip: ['beforeExit', 'SIGHUP'] }, async ({ signal, err }) => {
     if (err) logger.fatal({ err }, 'unhandled error')
@@ -82,9 +84,11 @@ export async function serve (
     setTimeout(relay.stopWaiting, config.SHUTDOWN_TIMEOUT_MS * 0.8).unref()
     closeAdminSocket?.()
     await app.close()
+    isClosingOutbox = true
     await Promise.all([outbox?.close(), client.close()])
+    isClosingOutbox = false
     redis?.disconnect()
   })
   logger.info({ mixpanel, endpoint: config.MIXPANEL_ENDPOINT }, `Server listening at ${url}`)
-  return { end: close }
+  return { end: close, isWaitingForDisk: () => isClosingOutbox }
 }

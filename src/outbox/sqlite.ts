@@ -3,7 +3,7 @@ import { MessageChannel, Worker, type MessagePort } from 'node:worker_threads'
 import type { Project } from '../config.ts'
 import type { Log } from '../log.ts'
 import { groupCalls } from './grouped.ts'
-import type { Database } from './database.ts'
+import type { Database, NewRow } from './database.ts'
 import { DirectoryInUse, listed, readRows, UNREADABLE, type Counts, type Limits, type Outbox } from './outbox.ts'
 import { OPENED, type Answer, type Call } from './database-calls.ts'
 import type { ThreadData } from './sqlite-thread.ts'
@@ -14,6 +14,7 @@ const MAX_GROUP = 1000
 
 /** The longest time that a request waits for the disk. */
 const FOREGROUND_TIMEOUT_MS = 5000
+const TOO_SLOW = 'the disk does not answer'
 
 interface Pending { resolve: (result: never) => void, reject: (error: Error) => void }
 
@@ -59,13 +60,39 @@ export async function connectOutbox (port: MessagePort, log: Log): Promise<Outbo
   }
 
   await answerTo(OPENED)
+  /** How many calls for waiting requests are late. Until the disk answers them, no further ones are made. */
+  let lateCalls = 0
+
+  /** Rejects when the disk has not answered in time; what it answers later does not matter. */
+  function inTime<Result> (answer: Promise<Result>): Promise<Result> {
+    return new Promise((resolve, reject) => {
+      let isLate = false
+      const timer = setTimeout(() => {
+        isLate = true
+        lateCalls++
+        reject(new Error(TOO_SLOW))
+      }, FOREGROUND_TIMEOUT_MS)
+      answer.then(resolve, reject).finally(() => {
+        clearTimeout(timer)
+        if (isLate) lateCalls--
+      })
+    })
+  }
+
   const groups = groupCalls({
     maxGroup: MAX_GROUP,
     maxStores: 1,
-    store: events => inTime(call('put', events.map(
-      ({ event: { anonKey, json, bytes }, maxBytes }) => [anonKey, json, bytes, maxBytes]
-    ))),
-    lookUp: anonKeys => inTime(call('has', anonKeys))
+    async store (events) {
+      if (lateCalls > 0) return { results: events.map(() => 'rejected'), cause: TOO_SLOW }
+      const rows = events.map(
+        ({ event: { anonKey, json, bytes }, maxBytes }): NewRow => [anonKey, json, bytes, maxBytes]
+      )
+      return inTime(call('put', rows))
+    },
+    async lookUp (anonKeys) {
+      if (lateCalls > 0) throw new Error(TOO_SLOW)
+      return inTime(call('has', anonKeys))
+    }
   }, log)
 
   return {
@@ -102,12 +129,3 @@ export async function connectOutbox (port: MessagePort, log: Log): Promise<Outbo
 
 const asRow = ({ id, json, endpoint }: WaitingRow) => ({ id: String(id), json, ...endpoint !== null && { endpoint } })
 const idsOf = (list: { id: string }[]) => list.map(({ id }) => ({ id }))
-
-/** Rejects when the disk has not answered in time; what it answers later does not matter. */
-function inTime<Result> (call: Promise<Result>): Promise<Result> {
-  let timer: NodeJS.Timeout | undefined
-  const timeout = new Promise<never>((_resolve, reject) => {
-    timer = setTimeout(() => reject(new Error('the disk did not answer in time')), FOREGROUND_TIMEOUT_MS)
-  })
-  return Promise.race([call, timeout]).finally(() => clearTimeout(timer))
-}

@@ -1,5 +1,6 @@
 import { Agent, createServer, request, type RequestOptions, type ServerResponse } from 'node:http'
 import { randomUUID } from 'node:crypto'
+import { once } from 'node:events'
 import { createAttacker } from './attacker.ts'
 import { ATTACKS } from './attacks.ts'
 
@@ -90,7 +91,9 @@ function witness (port: number) {
   })
 }
 
-async function attack (name: string, port: number, pid: number, seconds: number) {
+/** The first message is the process id of the relay; then the attack begins. */
+async function attack (name: string, port: number, seconds: number) {
+  const [pid] = await once(process, 'message') as [number]
   const attacker = createAttacker(port, pid, seconds)
   // The harness keeps the last tally, because an attack ends early if the relay dies.
   setInterval(() => tell(attacker.got), 200)
@@ -100,4 +103,4 @@ async function attack (name: string, port: number, pid: number, seconds: number)
 
 if (role === 'upstream') upstream()
 if (role === 'witness') witness(Number(args[0]))
-if (role === 'attacker') await attack(args[0] ?? '', Number(args[1]), Number(args[2]), Number(args[3]))
+if (role === 'attacker') await attack(args[0] ?? '', Number(args[1]), Number(args[2]))

@@ -74,9 +74,8 @@ function standardOutput (t: Test, log: Attack['log']): number | 'pipe' {
 }
 
 /** The built relay with its default limits, in 256 MB of memory. */
-async function startRelay (t: Test, { log, descriptors, env }: Attack, upstreamPort: number) {
+async function startRelay (t: Test, { log, descriptors, env }: Attack, port: number, upstreamPort: number) {
   const group = memoryGroup()
-  const port = await freePort()
   const script = [
     ...group ? [`echo $$ > ${group.path}/cgroup.procs`] : [],
     ...descriptors ? [`ulimit -n ${descriptors}`] : [],
@@ -105,7 +104,7 @@ async function startRelay (t: Test, { log, descriptors, env }: Attack, upstreamP
     if (await fetch(`http://127.0.0.1:${port}/livez`).then(({ ok }) => ok, () => false)) break
     await sleep(100)
   }
-  return { child, pid: child.pid as number, port, exit, said: () => said, hasGroup: group !== undefined }
+  return { child, pid: child.pid as number, exit, said: () => said, hasGroup: group !== undefined }
 }
 
 /** With few cores the witness has priority over the attacker. Without the permission nice(1) changes nothing. */
@@ -130,10 +129,13 @@ async function answer<T> (child: ChildProcess, question?: string): Promise<T> {
 /** Runs one attack against a fresh relay. Returns all figures. */
 export async function underAttack (t: Test, attack: Attack) {
   const seconds = Math.max(Number(ATTACK_SECONDS), attack.leastSeconds ?? 0)
+  // All start at once, because each takes a second to start. The attacker waits for its message.
+  const port = await freePort()
   const upstream = startChild(t, 'upstream')
-  const relay = await startRelay(t, attack, (await answer<AddressInfo>(upstream)).port)
-  const witness = startChild(t, 'witness', String(relay.port))
-  await answer(witness)
+  const witness = startChild(t, 'witness', String(port))
+  const attacker = startChild(t, 'attacker', attack.name, ...[port, seconds].map(String))
+  const [address] = await Promise.all([answer<AddressInfo>(upstream), answer(witness)])
+  const relay = await startRelay(t, attack, port, address.port)
   await sleep(WARM_UP_MS)
   await answer(witness, 'warm')
   await sleep(IDLE_MS)
@@ -143,7 +145,7 @@ export async function underAttack (t: Test, attack: Attack) {
   const sampling = setInterval(() => { peak = memory(relay.pid, 'VmHWM') ?? peak }, 50)
 
   if (attack.hangs) upstream.send('hang')
-  const attacker = startChild(t, 'attacker', attack.name, ...[relay.port, relay.pid, seconds].map(String))
+  attacker.send(relay.pid)
   let got: Record<string, number> = {}
   attacker.on('message', tally => { got = tally as typeof got })
   await Promise.race([once(attacker, 'close'), relay.exit, sleep((seconds + 30) * 1000, undefined, { ref: false })])

@@ -5,6 +5,7 @@ import { t, type Test } from 'tap'
 import { createCallers } from '../load.ts'
 import { startSandbox, temporary, type Env } from '../helper.ts'
 import { violations } from '../delivery-check.ts'
+import { inOutboxThread } from '../scenarios.ts'
 import { startServer } from '../processes.ts'
 
 /** Mounts the file system in `image`; false where that is not permitted. */
@@ -66,11 +67,10 @@ t.test('after each of 8 power cuts what was answered 202 is on the disk', async 
 })
 
 t.test('the check finds an outbox that does not wait for the disk', async t => {
-  const careless = `data:text/javascript,${encodeURIComponent(`
-    import Database from 'file://${process.cwd()}/node_modules/libsql/index.js'
+  const careless = inOutboxThread(`
     const { exec } = Database.prototype
-    Database.prototype.exec = function (sql) { return exec.call(this, sql.replace('synchronous = FULL', 'synchronous = OFF')) }`)}`
-  const found = await powerCuts(t, { cuts: 2, env: { NODE_OPTIONS: `--import=${careless}` } })
+    Database.prototype.exec = function (sql) { return exec.call(this, sql.replace('synchronous = FULL', 'synchronous = OFF')) }`)
+  const found = await powerCuts(t, { cuts: 2, env: { NODE_OPTIONS: careless } })
   if (found === undefined) return t.pass('a power cut', { skip: SKIPPED })
   t.ok(found.some(sentence => sentence.endsWith('got 202 and is lost')), `a lost 202 is among ${found.length} violations`)
 })

@@ -61,6 +61,25 @@ t.test('a disk on which an fsync takes half a second delays no other answer', as
   }
 })
 
+t.test('a disk that hangs does not delay the exit', async t => {
+  const library = slowFsync(t)
+  if (library === undefined) return t.pass('a slow disk', { skip: 'cc is not installed' })
+  const sandbox = await startSandbox(t)
+  const env = { LD_PRELOAD: library, FSYNC_MS: '60000', SHUTDOWN_TIMEOUT_MS: '1000', DEADLINE_MS: '1000', OUTBOX: `file:${temporary(t)}/outbox` }
+  const fast = await startServer(t, sandbox.url, { OUTBOX: env.OUTBOX })
+  t.equal(await fast.kill('SIGTERM'), 0)
+  const server = await startServer(t, sandbox.url, env)
+  sandbox.faults.add(outage)
+  const answer = server.post().then(({ status }) => status, () => 'none')
+  await sleep(1500)
+  const since = performance.now()
+  server.child.kill('SIGTERM')
+  await server.exit
+  const ms = performance.now() - since
+  t.ok(ms < 6000, `SHUTDOWN_TIMEOUT_MS and 3 s have passed, and ${ms.toFixed(0)} ms did`)
+  t.not(await answer, 202)
+})
+
 t.test('five thousand identities that wait on a slow disk are delivered within five seconds of the first success', async t => {
   const library = slowFsync(t)
   if (library === undefined) return t.pass('a slow disk', { skip: 'cc is not installed' })
