@@ -1,13 +1,19 @@
 import { spawnSync } from 'node:child_process'
 import { readdirSync, statSync } from 'node:fs'
+import { signature } from '@tapjs/test'
 
-// tap runs this before the tests. They import the built program (`#src/` in package.json), so it must be newer than src.
+// What the tests need: it runs before tap, and tap runs it again before the first test.
 
+const run = command => {
+  // Not with the loaders of tap.
+  const { status } = spawnSync('sh', ['-c', command], { stdio: ['ignore', 'inherit', 'inherit'], env: { PATH: process.env.PATH } })
+  if (status !== 0) process.exit(status ?? 1)
+}
+
+// tap applies the plugins of package.json only from its second run on.
+if (signature.includes('@tapjs/typescript')) run('node_modules/.bin/tap build')
+
+// The tests import the built program (`#src/` in package.json), so it must be newer than src.
 const changedAt = path => statSync(path, { throwIfNoEntry: false })?.mtimeMs ?? 0
 const sources = ['tsconfig.json', 'src', ...readdirSync('src', { recursive: true }).map(name => `src/${name}`)]
-
-if (Math.max(...sources.map(changedAt)) > changedAt('dist/server.js')) {
-  // Not with the loaders of tap.
-  const { status } = spawnSync('npm', ['run', '--silent', 'build'], { stdio: ['ignore', 'inherit', 'inherit'], env: { PATH: process.env.PATH } })
-  process.exitCode = status ?? 1
-}
+if (Math.max(...sources.map(changedAt)) > changedAt('dist/server.js')) run('npm run --silent build')

@@ -1,4 +1,4 @@
-import fs, { chmodSync, cpSync, linkSync, readdirSync, renameSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
+import fs, { chmodSync, cpSync, linkSync, readdirSync, readFileSync, renameSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
 import { syncBuiltinESMExports } from 'node:module'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -108,6 +108,28 @@ t.test('a damaged file makes the outbox unavailable', async t => {
   await outbox.close()
 })
 
+t.test('nothing of an erased identity is left in the files', async t => {
+  const path = join(t.testdir({}), 'relay')
+  const outbox = openHere(t, path)
+  const erased = () => identifyEvent({ ...identity(), properties: { text: 'to be erased '.repeat(1000) } }, Date.now())
+  outbox.put(erased(), event(), erased())
+  const isOnDisk = () => readdirSync(path).some(name => readFileSync(join(path, name)).includes('to be erased'))
+  t.ok(isOnDisk())
+  outbox.deadLetter([{ id: '3', reason: 'why' }])
+  t.equal(outbox.erase([{ id: '1' }]), 1)
+  t.equal(outbox.drop([{ id: '3' }]), 1)
+  t.notOk(isOnDisk())
+  t.match(outbox.counts(), { waiting: 1, dead: 0 })
+})
+
+t.test('a group may write, as Kubernetes makes it', async t => {
+  const path = join(t.testdir({}), 'relay')
+  await (await open(path)).close()
+  chmodSync(path, 0o2770)
+  chmodSync(join(path, 'outbox.db'), 0o660)
+  await (await open(path)).close()
+})
+
 t.test('what is no event becomes a dead letter, and delays no other', async t => {
   const path = join(t.testdir({}), 'relay')
   let outbox = await open(path)
@@ -200,8 +222,8 @@ t.test('what is done to the files is noticed before the next event counts as sto
 
 t.test('files that other users could change are refused', async t => {
   const rows: [what: string, act: (directory: string) => void, message: RegExp][] = [
-    ['a directory for all', path => chmodSync(path, 0o777), /relay can be changed by other users/],
-    ['a file for all', path => chmodSync(join(path, 'outbox.db'), 0o666), /outbox\.db can be changed by other users/],
+    ['a directory for all', path => chmodSync(path, 0o777), /relay can be changed by all users/],
+    ['a file for all', path => chmodSync(join(path, 'outbox.db'), 0o666), /outbox\.db can be changed by all users/],
     ['another owner', path => fs.chownSync(join(path, 'outbox.db'), 12345, 12345), /outbox\.db belongs to another user \(12345\)/],
     ['a hard link', path => linkSync(join(path, 'lock'), `${path}-lock`), /lock has a second name/],
     ['a link', path => {

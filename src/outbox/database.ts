@@ -78,6 +78,17 @@ export function openDatabase (directory: string, project: Project, { maxEntries 
     }
   }
 
+  /** The same for the erasure of data: the freed space is overwritten with zeros. */
+  function transactErasing<T> (work: () => T): T {
+    db.exec('PRAGMA secure_delete = ON')
+    try {
+      return transact(work)
+    } finally {
+      db.exec('PRAGMA secure_delete = OFF')
+      files.truncateWal()
+    }
+  }
+
   function insert (rows: NewRow[]): PutOutcome {
     const results: PutResult[] = []
     let cause: string | undefined
@@ -144,9 +155,9 @@ export function openDatabase (directory: string, project: Project, { maxEntries 
       for (const { id, endpoint = null } of letters) sql.replay.run(endpoint, Number(id))
       return sql.drop.run(asArray(letters)).changes
     }),
-    drop: (list: { id: string }[]): number => transact(() => sql.drop.run(asArray(list)).changes),
-    expire: (before: number): number => transact(() => sql.expire.run(before).changes),
-    erase: (list: { id: string }[]): number => transact(() => remove(list)),
+    drop: (list: { id: string }[]): number => transactErasing(() => sql.drop.run(asArray(list)).changes),
+    expire: (before: number): number => transactErasing(() => sql.expire.run(before).changes),
+    erase: (list: { id: string }[]): number => transactErasing(() => remove(list)),
     pause: (isPaused: boolean): void => { transact(() => sql.pause.run(isPaused ? 1 : 0)) },
     close: files.close
   }

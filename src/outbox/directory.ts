@@ -75,6 +75,12 @@ export function openDirectory (directory: string) {
       return bavail * bsize + unusedBytes() - walOnlyBytes < Math.min(RESERVED_BYTES, blocks * bsize / 10)
     },
 
+    /** Moves all changes from the WAL, which keeps earlier contents, to the file. */
+    truncateWal (): void {
+      tryExec('PRAGMA wal_checkpoint(TRUNCATE)')
+      remember()
+    },
+
     /** Returns free pages to the disk, if possible. Fast while the tables are nearly empty. */
     shrink (): void {
       if (unusedBytes() <= MAX_UNUSED_BYTES) return
@@ -90,14 +96,15 @@ export function openDirectory (directory: string) {
   }
 }
 
-/** Throws if `path` exists and other users can change it, or what it leads to. */
+/** Throws if `path` exists and is a link, belongs to another user, or can be changed by all users. */
 function refuseForeign (path: string): void {
   const stats = lstatSync(path, { throwIfNoEntry: false })
   if (stats === undefined) return
   if (stats.isSymbolicLink()) throw new Error(`${path} is a link`)
   if (stats.isFile() && stats.nlink > 1) throw new Error(`${path} has a second name (a hard link)`)
-  if (stats.uid !== geteuid?.()) throw new Error(`${path} belongs to another user (${stats.uid})`)
-  if ((stats.mode & 0o022) !== 0) throw new Error(`${path} can be changed by other users: chmod go-w`)
+  // Windows has no user ids. Kubernetes adds the group of the pod (fsGroup), which may write.
+  if (![stats.uid, undefined].includes(geteuid?.())) throw new Error(`${path} belongs to another user (${stats.uid})`)
+  if ((stats.mode & 0o002) !== 0) throw new Error(`${path} can be changed by all users: chmod o-w`)
 }
 
 /** Opens a database that only its owner may read; SQLite gives its side files the same mode. */
