@@ -1,6 +1,5 @@
 import { spawnSync } from 'node:child_process'
-import { readdirSync, statSync } from 'node:fs'
-import { signature } from '@tapjs/test'
+import { readdirSync, readFileSync, statSync } from 'node:fs'
 
 // What the tests need: it runs before tap, and tap runs it again before the first test.
 
@@ -11,7 +10,8 @@ const run = command => {
 }
 
 // tap applies the plugins of package.json only from its second run on.
-if (signature.includes('@tapjs/typescript')) run('node_modules/.bin/tap build')
+const built = readFileSync('node_modules/@tapjs/test/test-built/dist/esm/index.js', 'utf8')
+if (built.includes('@tapjs/typescript')) run('node_modules/.bin/tap build')
 
 // The tests import the built program (`#src/` in package.json), so it must be newer than src.
 const changedAt = path => statSync(path, { throwIfNoEntry: false })?.mtimeMs ?? 0
