@@ -88,19 +88,22 @@ export function openDatabase (directory: string, project: Project, { maxEntries 
   function insert (rows: NewRow[]): PutOutcome {
     const results: PutResult[] = []
     let cause: string | undefined
-    let { waiting, dead, bytes: used } = counts()
+    const { waiting, dead, bytes: used } = counts()
+    let added = 0
+    let addedBytes = 0
     for (const [anonKey, json, bytes, maxBytes] of rows) {
-      if (waiting + dead >= maxEntries) cause = `full: ${maxEntries} entries`
-      else if (used + bytes > maxBytes) cause = `full: ${used} bytes of ${maxBytes}`
-      else {
-        sql.put.run(anonKey, json)
-        waiting++
-        used += bytes
-        results.push('stored')
+      const isFull = waiting + dead + added >= maxEntries
+      if (isFull || used + addedBytes + bytes > maxBytes) {
+        cause = isFull ? `full: ${maxEntries} entries` : `full: ${used + addedBytes} bytes of ${maxBytes}`
+        results.push('rejected')
         continue
       }
-      results.push('rejected')
+      sql.put.run(anonKey, json)
+      added++
+      addedBytes += bytes
+      results.push('stored')
     }
+    sql.added.run(added, addedBytes)
     return { results, ...cause !== undefined && { cause } }
   }
 
@@ -148,8 +151,11 @@ export function openDatabase (directory: string, project: Project, { maxEntries 
     waiting: (count: number, after = '0') => sql.waiting.all(Number(after), count) as WaitingRow[],
     dead: (count: number, after = '0') => sql.dead.all(Number(after), count) as DeadRow[],
     replay: (letters: { id: string, endpoint?: 'import' }[]): number => transact(() => {
+      const [{ count, bytes }] = sql.sizeOf.all(asArray(letters)) as [{ count: number, bytes: number }]
       for (const { id, endpoint = null } of letters) sql.replay.run(endpoint, Number(id))
-      return sql.drop.run(asArray(letters)).changes
+      sql.drop.run(asArray(letters))
+      sql.added.run(count, bytes)
+      return count
     }),
     drop: (list: { id: string }[]): number => transactErasing(() => sql.drop.run(asArray(list)).changes),
     expire: (before: number): number => transactErasing(() => sql.expire.run(before).changes),

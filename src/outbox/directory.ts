@@ -5,7 +5,7 @@ import { dirname, join } from 'node:path'
 import { geteuid } from 'node:process'
 import Database from 'libsql'
 import { DirectoryInUse } from './outbox.ts'
-import { migrate } from './statements.ts'
+import { migrate, RECOUNT } from './statements.ts'
 
 /** Free disk space for emptying the outbox, which writes as well. On a small disk it is a tenth of the disk. */
 const RESERVED_BYTES = 16 * 1024 * 1024
@@ -164,6 +164,7 @@ function importFrom (directory: string, db: Database.Database): void {
       INSERT INTO project SELECT * FROM old.project WHERE NOT EXISTS (SELECT 1 FROM project);
       INSERT INTO waiting (claim, event, endpoint) SELECT claim, event, endpoint FROM old.waiting ORDER BY id;
       INSERT INTO dead (claim, event, reason, died) SELECT claim, event, reason, died FROM old.dead ORDER BY id;
+      ${RECOUNT}
       COMMIT;
       DETACH old;`)
   } finally {

@@ -1,11 +1,16 @@
 import type { Database } from 'libsql'
 
+/** Counts all rows again. */
+export const RECOUNT = `
+  UPDATE totals SET waiting = (SELECT count(*) FROM waiting), dead = (SELECT count(*) FROM dead), bytes =
+    (SELECT coalesce(sum(octet_length(event)), 0) FROM (SELECT event FROM waiting UNION ALL SELECT event FROM dead));`
+
 /** The version of the tables, in `user_version`. Version 0 had no totals. */
 const VERSION = 1
 
 /**
- * `claim` is an event's `anonKey`, `event` its JSON, `died` in ms since the epoch. Triggers keep the totals, because to
- * count a million rows takes seconds.
+ * `claim` is an event's `anonKey`, `event` its JSON, `died` in ms since the epoch. To count a million rows takes
+ * seconds, so totals are kept: by triggers, and for new events, which are many, by one statement for a commit.
  */
 const TABLES = `
   CREATE TABLE IF NOT EXISTS waiting (
@@ -19,12 +24,7 @@ const TABLES = `
   CREATE TABLE totals (
     waiting INTEGER NOT NULL, dead INTEGER NOT NULL, bytes INTEGER NOT NULL, paused INTEGER NOT NULL
   ) STRICT;
-  INSERT INTO totals SELECT
-    (SELECT count(*) FROM waiting), (SELECT count(*) FROM dead),
-    (SELECT coalesce(sum(octet_length(event)), 0) FROM (SELECT event FROM waiting UNION ALL SELECT event FROM dead)), 0;
-  CREATE TRIGGER waiting_added AFTER INSERT ON waiting BEGIN
-    UPDATE totals SET waiting = waiting + 1, bytes = bytes + octet_length(NEW.event);
-  END;
+  INSERT INTO totals VALUES (0, 0, 0, 0);
   CREATE TRIGGER waiting_removed AFTER DELETE ON waiting BEGIN
     UPDATE totals SET waiting = waiting - 1, bytes = bytes - octet_length(OLD.event);
   END;
@@ -47,7 +47,7 @@ const versionOf = (db: Database) => db.prepare('PRAGMA user_version').pluck().al
 export function migrate (db: Database): void {
   const version = versionOf(db)
   if (version > VERSION) throw new Error(`it has version ${version}, of a later release of the relay`)
-  if (version < VERSION) db.exec(`BEGIN IMMEDIATE; ${TABLES} COMMIT;`)
+  if (version < VERSION) db.exec(`BEGIN IMMEDIATE; ${TABLES} ${RECOUNT} COMMIT;`)
 }
 
 /** Returns the prepared statements of the outbox, for a database that is up to date. */
@@ -55,6 +55,7 @@ export function prepare (db: Database) {
   return {
     totals: db.prepare('SELECT waiting, dead, bytes, paused FROM totals'),
     pause: db.prepare('UPDATE totals SET paused = ?'),
+    added: db.prepare('UPDATE totals SET waiting = waiting + ?, bytes = bytes + ?'),
     put: db.prepare('INSERT INTO waiting (claim, event) VALUES (?, ?)'),
     has: db.prepare('SELECT 1 FROM waiting WHERE claim = ? LIMIT 1'),
     waiting: db.prepare('SELECT id, event AS json, endpoint FROM waiting WHERE id > ? ORDER BY id LIMIT ?'),
@@ -67,6 +68,8 @@ export function prepare (db: Database) {
     deadLetter: db.prepare('INSERT INTO dead SELECT id, claim, event, ?, ? FROM waiting WHERE id = ?'),
     replay: db.prepare('INSERT INTO waiting (claim, event, endpoint) SELECT claim, event, ? FROM dead WHERE id = ?'),
     expire: db.prepare('DELETE FROM dead WHERE died < ?'),
+    sizeOf: db.prepare(`SELECT count(*) AS count, coalesce(sum(octet_length(event)), 0) AS bytes FROM dead
+      WHERE id IN (SELECT value FROM json_each(?))`),
     drop: db.prepare('DELETE FROM dead WHERE id IN (SELECT value FROM json_each(?))')
   }
 }
