@@ -17,7 +17,7 @@ export interface AccessLine {
   /** What it took to send the event. */
   sent: { mixpanel_ms: number, attempts: number, events: number } | undefined
   /** The other fields that the handler adds. */
-  details: object
+  details: object | undefined
 }
 
 /**
@@ -29,14 +29,14 @@ export function createLog (level: string, destination: { write: (line: string) =
   const info = logger.levels.values.info as number
 
   function logRequest ({ method, route, status, ms, requestId, insertId, sent, details }: AccessLine): void {
-    const added = JSON.stringify(details).slice(1, -1)
+    const added = details === undefined ? '' : `${JSON.stringify(details).slice(1, -1)},`
     destination.write(`{"level":${info},"time":${Date.now()},"method":"${method}",` +
       `"route":${route === undefined ? null : `"${route}"`},"status":${status},"ms":${ms},` +
       `"request_id":"${requestId}","caller":"anonymous",${insertId === undefined ? '' : `"insert_id":"${insertId}",`}` +
       (sent === undefined
         ? ''
         : `"mixpanel_ms":${sent.mixpanel_ms},"attempts":${sent.attempts},"events":${sent.events},`) +
-      `${added}${added === '' ? '' : ','}"msg":"request completed"}\n`)
+      `${added}"msg":"request completed"}\n`)
   }
   return { logger, logRequest: logger.isLevelEnabled('info') ? logRequest : () => {} }
 }

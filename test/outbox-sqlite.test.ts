@@ -122,6 +122,16 @@ t.test('nothing of an erased identity is left in the files', async t => {
   t.match(outbox.counts(), { waiting: 1, dead: 0 })
 })
 
+t.test('the directory around it may be open to all, or a link', async t => {
+  const parent = join(t.testdir({ outbox: {} }), 'outbox')
+  chmodSync(parent, 0o1777)
+  symlinkSync(parent, `${parent}-link`)
+  const outbox = await open(join(`${parent}-link`, 'relay'))
+  t.equal(await outbox.put(event()), 'stored')
+  t.equal(statSync(join(parent, 'relay')).mode & 0o777, 0o700)
+  await outbox.close()
+})
+
 t.test('a group may write, as Kubernetes makes it', async t => {
   const path = join(t.testdir({}), 'relay')
   await (await open(path)).close()

@@ -34,8 +34,8 @@ const LARGE_BYTES = 8192
  * and the properties, so that Mixpanel recognizes a repeat (docs: at most 36 bytes of [A-Za-z0-9-]).
  */
 export function identifyEvent (identity: Identity, now: number): PendingEvent {
-  const { identified_id: identified, anon_id: anon, properties = {} } = identity
-  const text = JSON.stringify(properties)
+  const { identified_id: identified, anon_id: anon, properties } = identity
+  const text = properties === undefined ? '{}' : JSON.stringify(properties)
   return pending({
     event: '$identify',
     properties: {

@@ -20,7 +20,7 @@ declare module 'fastify' {
 /** Adds `problem` to replies, and turns every error around a handler into a problem. Unexpected errors are logged. */
 export const problems = fp<{ logger: Logger }>(async (app, { logger }) => {
   app.decorateReply('problem', function (code, extras = {}) {
-    this.logLine.code = code
+    this.logLine.details = { ...this.logLine.details, code }
     if (extras.retryAfter !== undefined) this.header('retry-after', extras.retryAfter)
     return send(this, code, extras)
   })

@@ -3,12 +3,13 @@ import type { IncomingMessage } from 'node:http'
 import fp from 'fastify-plugin'
 import type { AccessLine } from '../../log.ts'
 
-/** The fields that a handler adds to the access log. `code` and `cause` belong to a problem. */
-export interface LogLine {
+/** What a handler adds to the access log. An accepted identity has no details, which are dearer to print. */
+export type LogLine = Pick<AccessLine, 'insertId' | 'sent'> & { details: Details | undefined }
+
+/** `code` and `cause` belong to a problem, the others to a batch. */
+export interface Details {
   code?: string
   cause?: string
-  insertId?: string
-  sent?: AccessLine['sent']
   identities?: number
   queued?: number
   failed?: number
@@ -47,7 +48,7 @@ export const requestLog = fp<{ logRequest: (line: AccessLine) => void }>(async (
   app.addHook('onRequest', (request, reply, done) => {
     request.route = request.routeOptions
     request.since = performance.now()
-    reply.logLine = {}
+    reply.logLine = { insertId: undefined, sent: undefined, details: undefined }
     reply.header('x-request-id', request.id)
     if (request.method === 'POST') reply.header('cache-control', 'no-store')
     done()
@@ -56,7 +57,7 @@ export const requestLog = fp<{ logRequest: (line: AccessLine) => void }>(async (
   app.addHook('onSend', ({ route, since, method, id }, reply, payload, done) => {
     if (!route.config.unlogged) {
       const ms = Math.round((performance.now() - since) * 10) / 10
-      const { insertId, sent, ...details } = reply.logLine
+      const { insertId, sent, details } = reply.logLine
       logRequest({ method, route: route.url, status: reply.statusCode, ms, requestId: id, insertId, sent, details })
     }
     done(null, payload)

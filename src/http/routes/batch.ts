@@ -118,7 +118,7 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
       return { index, status: 'failed', problem: problemBody(code, request.id, extras) }
     })
     if (retryAfter > 0) reply.header('retry-after', retryAfter)
-    Object.assign(reply.logLine, { identities: results.length, queued, failed })
+    reply.logLine.details = { identities: results.length, queued, failed }
     if (failed === 0 && queued !== 0) return answerQueued(reply, isAsync).send({ results })
     return reply.code(failed === 0 ? 200 : 207).send({ results })
   })
