@@ -46,7 +46,7 @@ t.test('a relay that is killed three times in an outage delivers every identity 
 t.test('while another program locks the file: 503 if nothing was sent, 502 or 504 if Mixpanel may have it', async t => {
   const sandbox = await startSandbox(t)
   const directory = `${temporary(t)}/outbox`
-  const server = await startServer(t, sandbox.url, { OUTBOX: `file:${directory}`, MIXPANEL_TIMEOUT_MS: '200', DEADLINE_MS: '400' })
+  const server = await startServer(t, sandbox.url, { OUTBOX: `file:${directory}`, MIXPANEL_TIMEOUT_MS: '1000', DEADLINE_MS: '2000' })
   const callers = createCallers(() => server.url)
   const shell = new Database(`${directory}/relay/outbox.db`)
   shell.exec('BEGIN IMMEDIATE')
