@@ -137,6 +137,7 @@ export interface Project {
   earlier: string[]
 }
 
+/** Returns the names of the project that a configuration relays to. */
 export function projectOf ({ MIXPANEL_TOKEN: token, MIXPANEL_PROJECT_ID: id }: Config): Project {
   const digest = (text: string) => hash('sha256', `identify-relay:${text}`).slice(0, 12)
   return id === undefined

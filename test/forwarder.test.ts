@@ -7,7 +7,7 @@ import { identifyEvent, parseEvent } from '#src/identity/event.js'
 import { createForwarder } from '#src/relay/forwarder.js'
 import type { Entry, Outbox } from '#src/outbox/outbox.js'
 import { backoffMs } from '#src/relay/pauses.js'
-import { planRound, finalReason, createPass } from '#src/relay/plan.js'
+import { planRound, finalReason, createPass, isTooLong } from '#src/relay/plan.js'
 import { createSuspects } from '#src/relay/suspects.js'
 import type { Verdict } from '#src/identity/verdict.js'
 import { identity, setPerformanceNow } from './helper.ts'
@@ -297,6 +297,14 @@ t.test('of an array that failed each entry travels in one of half the size, and 
   t.equal(suspects.isPaused('b'), false)
   suspects.settled('b')
   t.equal(suspects.isCulprit('b'), false)
+})
+
+t.test('a pass remembers a hundred thousand anonymous ids; with more a new one begins', async t => {
+  const pass = createPass()
+  for (let count = 0; count < 100_000; count++) pass.deferred.add(String(count))
+  t.equal(isTooLong(pass), false)
+  pass.decided.add('one more')
+  t.equal(isTooLong(pass), true)
 })
 
 t.test('ten thousand suspects are remembered', async t => {

@@ -7,7 +7,7 @@ import type { Test } from 'tap'
 import { Pool } from 'undici'
 import { FAULTS, LATE_FAULTS, type Fault } from '#src/sandbox/faults.js'
 import { createCallers } from './load.ts'
-import { startSandbox, temporary, TOKEN, type Env } from './helper.ts'
+import { identity, startSandbox, temporary, TOKEN, type Env } from './helper.ts'
 import { violations } from './delivery-check.ts'
 import { SERVER, startProcess, startServer } from './processes.ts'
 
@@ -58,6 +58,32 @@ export async function killed (t: Test, { rounds, writers, isFlapping = false, en
   await server.emptied()
   const exit = await server.kill('SIGTERM')
   return { statuses: callers.statuses(), exit, found: violations(callers.calls, sandbox.ledger.rows(), { repeats: kills * (400 + writers) }) }
+}
+
+/** Five thousand identities wait in an outage. They are delivered within five seconds of the first success after it. */
+export async function catchUp (t: Test, sandbox: Awaited<ReturnType<typeof startSandbox>>, env: Env): Promise<void> {
+  const server = await startServer(t, sandbox.url, env)
+  sandbox.faults.add({ name: 'edge_down', times: 1_000_000 })
+  for (let count = 0; count < 10; count++) {
+    const answer = await fetch(`${server.url}/identify/batch`, {
+      method: 'POST',
+      headers: { 'content-type': 'application/json', prefer: 'respond-async' },
+      body: JSON.stringify({ identities: Array.from({ length: 500 }, () => identity()) })
+    })
+    t.equal(answer.status, 202)
+  }
+  t.equal((await server.parts()).outbox.waiting, 5000)
+  // The forwarder has met the outage.
+  await sleep(3000)
+  sandbox.faults.clear()
+  while (sandbox.ledger.rows().length === 0) await sleep(5)
+  const since = performance.now()
+  while (sandbox.ledger.rows().length < 5000) await sleep(20)
+  const ms = performance.now() - since
+  t.comment(`all are delivered ${ms.toFixed(0)} ms after the first success`)
+  t.ok(ms < 5000, `all are delivered within 5 s, and were in ${ms.toFixed(0)} ms`)
+  await server.emptied()
+  t.equal(await server.kill('SIGTERM'), 0)
 }
 
 /** The identified ids of the dead letters, from `outbox dead`. */

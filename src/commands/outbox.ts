@@ -9,8 +9,8 @@ const noop = () => {}
 const silent = { debug: noop, info: noop, warn: noop, error: noop }
 
 /**
- * Runs an `outbox` command and yields the text to print: see `runAdminCommand`. A relay that has the
- * outbox directory open runs the command itself; Redis allows several processes. Throws a UsageError without an outbox.
+ * Runs an `outbox` command and yields the text to print: see `runAdminCommand`. A relay that has the outbox directory
+ * open runs the command itself; Redis allows several processes. Throws a UsageError without an outbox.
  */
 export async function * outboxCommand (config: Config, args: string[]): AsyncGenerator<string> {
   const directory = directoryOf(config)

@@ -40,12 +40,9 @@ export interface WaitingRow { id: number, json: string, endpoint: 'import' | nul
 export interface DeadRow { id: number, json: string, reason: string, died: number }
 export interface Totals { waiting: number, dead: number, bytes: number, paused: number }
 
-/** Returns the version of the tables in a file. */
-const versionOf = (db: Database) => db.prepare('PRAGMA user_version').pluck().all()[0] as number
-
 /** Creates the tables, or brings those of an earlier version up to date. Throws for a file of a later version. */
 export function migrate (db: Database): void {
-  const version = versionOf(db)
+  const version = db.prepare('PRAGMA user_version').pluck().all()[0] as number
   if (version > VERSION) throw new Error(`it has version ${version}, of a later release of the relay`)
   if (version < VERSION) db.exec(`BEGIN IMMEDIATE; ${TABLES} ${RECOUNT} COMMIT;`)
 }

@@ -3,9 +3,10 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t, type Test } from 'tap'
 import { violations } from '../delivery-check.ts'
-import { identity, startSandbox, temporary } from '../helper.ts'
+import { startSandbox, temporary } from '../helper.ts'
 import { createCallers } from '../load.ts'
 import { startServer } from '../processes.ts'
+import { catchUp } from '../scenarios.ts'
 
 const outage = { name: 'edge_down' as const, times: 1_000_000 }
 
@@ -84,26 +85,5 @@ t.test('five thousand identities that wait on a slow disk are delivered within f
   const library = slowFsync(t)
   if (library === undefined) return t.pass('a slow disk', { skip: 'cc is not installed' })
   const sandbox = await startSandbox(t)
-  const server = await startServer(t, sandbox.url, { OUTBOX: `file:${temporary(t)}/outbox`, LD_PRELOAD: library, FSYNC_MS: '100' })
-  sandbox.faults.add(outage)
-  for (let count = 0; count < 10; count++) {
-    const answer = await fetch(`${server.url}/identify/batch`, {
-      method: 'POST',
-      headers: { 'content-type': 'application/json', prefer: 'respond-async' },
-      body: JSON.stringify({ identities: Array.from({ length: 500 }, () => identity()) })
-    })
-    t.equal(answer.status, 202)
-  }
-  t.equal((await server.parts()).outbox.waiting, 5000)
-  // The forwarder has met the outage.
-  await sleep(3000)
-  sandbox.faults.clear()
-  while (sandbox.ledger.rows().length === 0) await sleep(5)
-  const since = performance.now()
-  while (sandbox.ledger.rows().length < 5000) await sleep(20)
-  const ms = performance.now() - since
-  t.comment(`all are delivered ${ms.toFixed(0)} ms after the first success`)
-  t.ok(ms < 5000, `all are delivered within 5 s, and were in ${ms.toFixed(0)} ms`)
-  await server.emptied()
-  t.equal(await server.kill('SIGTERM'), 0)
+  await catchUp(t, sandbox, { OUTBOX: `file:${temporary(t)}/outbox`, LD_PRELOAD: library, FSYNC_MS: '100' })
 })
