@@ -12,6 +12,8 @@ export interface AccessLine {
   status: number
   ms: number
   requestId: string
+  /** Letters, digits and `.:_-`: its kind, and of a service the name. */
+  caller: string
   /** Letters, digits and hyphens. */
   insertId: string | undefined
   /** What it took to send the event. */
@@ -22,17 +24,17 @@ export interface AccessLine {
 
 /**
  * Returns a pino logger, and `logRequest`, which writes an access line at `info` for a quarter of pino's cost. Only
- * `details` needs escapes: methods and routes come from fixed lists, and `requestId` has a fixed alphabet.
+ * `details` needs escapes: methods and routes come from fixed lists, `requestId` and `caller` have fixed alphabets.
  */
 export function createLog (level: string, destination: { write: (line: string) => void }) {
   const logger: Logger = pino({ level, base: null }, destination)
   const info = logger.levels.values.info as number
 
-  function logRequest ({ method, route, status, ms, requestId, insertId, sent, details }: AccessLine): void {
+  function logRequest ({ method, route, status, ms, requestId, caller, insertId, sent, details }: AccessLine): void {
     const added = details === undefined ? '' : `${JSON.stringify(details).slice(1, -1)},`
     destination.write(`{"level":${info},"time":${Date.now()},"method":"${method}",` +
       `"route":${route === undefined ? null : `"${route}"`},"status":${status},"ms":${ms},` +
-      `"request_id":"${requestId}","caller":"anonymous",${insertId === undefined ? '' : `"insert_id":"${insertId}",`}` +
+      `"request_id":"${requestId}","caller":"${caller}",${insertId === undefined ? '' : `"insert_id":"${insertId}",`}` +
       (sent === undefined
         ? ''
         : `"mixpanel_ms":${sent.mixpanel_ms},"attempts":${sent.attempts},"events":${sent.events},`) +

@@ -97,11 +97,30 @@ export function withTimeout<Result> (redis: Redis, ms: number, command: Promise<
   })
 }
 
+/**
+ * Makes `redis` and its second connection use the user and the password in `url` from the next time they connect.
+ * Returns false, and changes nothing, if it differs from `current` in anything else: the data would be elsewhere.
+ */
+export function useRedisCredentials (redis: Redis, current: string, url: string): boolean {
+  const [now, next] = [new URL(current), new URL(url)]
+  const [username, password] = [decodeURIComponent(next.username), decodeURIComponent(next.password)]
+  for (const one of [now, next]) one.username = one.password = ''
+  if (now.href !== next.href) return false
+  for (const { options } of [redis, seconds.get(redis)].filter(one => one !== undefined)) {
+    Object.assign(options, { username, password })
+  }
+  return true
+}
+
+/** The second connection of each. */
+const seconds = new WeakMap<Redis, Redis>()
+
 /** Resolves with a second connection to the same Redis, for commands that may take `ms`. The caller disconnects it. */
 export async function connectBackground (redis: Redis, ms: number): Promise<Redis> {
   const background = redis.duplicate({ commandTimeout: 2 * ms })
   // The first connection logs the loss of Redis.
   background.on('error', () => {})
+  seconds.set(redis, background)
   await background.connect()
   return background
 }

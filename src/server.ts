@@ -11,8 +11,9 @@ process.on('SIGHUP', () => {})
 process.on('SIGUSR1', () => {})
 
 const { fstatSync, readFileSync } = await import('node:fs')
-const { ConfigError, readConfig, SECRETS } = await import('./config.ts')
+const { ConfigError, readConfig, secretFiles, SECRETS } = await import('./config.ts')
 type Config = import('./config.ts').Config
+type SecretFiles = import('./secrets.ts').SecretFiles
 
 const commands = new Map(Object.entries({
   serve: runServe,
@@ -41,7 +42,7 @@ const commands = new Map(Object.entries({
   }
 }))
 
-async function runServe (config: Config): Promise<void> {
+async function runServe (config: Config, _: string[], secrets: SecretFiles): Promise<void> {
   const [{ createDestination, createLog, fileSink, streamSink }, { openFilesLimit, serve }] =
     await Promise.all([import('./log.ts'), import('./commands/serve.ts')])
   const stats = fstatSync(1)
@@ -56,7 +57,7 @@ async function runServe (config: Config): Promise<void> {
     if (isResolving || isWaitingForDisk()) process.kill(process.pid, 'SIGKILL')
   })
   const log = createLog(config.LOG_LEVEL, destination)
-  const relay = await serve(config, log, openFilesLimit(() => readFileSync('/proc/self/limits', 'utf8')))
+  const relay = await serve(config, log, secrets, openFilesLimit(() => readFileSync('/proc/self/limits', 'utf8')))
   isWaitingForDisk = relay.isWaitingForDisk
   for (const signal of END_SIGNALS) process.off(signal, exitDuringStart)
   if (process.env.npm_lifecycle_event !== 'start') return
@@ -68,10 +69,16 @@ async function runServe (config: Config): Promise<void> {
 async function main (name = 'serve', args: string[]): Promise<void> {
   const run = commands.get(name)
   if (run === undefined) throw new ConfigError(`${name} is not a command: use ${[...commands.keys()].join(', ')}.`)
-  const config = readConfig(process.env, path => readFileSync(path, 'utf8'))
+  const env = { ...process.env }
+  const texts = new Map<string, string>()
+  const config = readConfig(env, path => {
+    texts.set(path, readFileSync(path, 'utf8'))
+    return String(texts.get(path))
+  })
   // Keeps secrets out of child processes and diagnostic reports.
   for (const secret of SECRETS) delete process.env[secret]
-  await run(config, args)
+  const reread = readConfig.bind(undefined, env)
+  await run(config, args, { files: secretFiles(env), texts, reread })
 }
 
 main(process.argv[2], process.argv.slice(3)).catch((error: Error) => {

@@ -1,6 +1,7 @@
 import { readFileSync } from 'node:fs'
 import { t } from 'tap'
-import { ConfigError, Environment, isLoopback, readConfig, SECRETS } from '#src/config.js'
+import { ConfigError, readConfig, SECRETS } from '#src/config.js'
+import { Environment, isLoopback } from '#src/environment.js'
 
 const good = { MIXPANEL_TOKEN: 'CANARY-SECRET' }
 const read = (env: Record<string, string | undefined>, files: Record<string, string> = {}) => readConfig(env, path => {

@@ -8,7 +8,8 @@ import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Test } from 'tap'
 import { buildApp } from '#src/http/app.js'
-import { readConfig } from '#src/config.js'
+import { createUserTokens } from '#src/http/callers/user-tokens.js'
+import { hasUserTokens, readConfig } from '#src/config.js'
 import { createMixpanel } from '#src/mixpanel/client.js'
 import { openapi } from '#src/http/openapi.js'
 import { createLog } from '#src/log.js'
@@ -62,9 +63,11 @@ export async function startRelay (t: Test, { env = {}, sandbox: sandboxOptions =
   const client = createMixpanel(config, logger)
   const relay = createRelay(config, client, logger, outbox)
   relay.start()
-  const app = await buildApp(config, { relay, redis, logger, logRequest, document: async () => (await openapi(config)).document })
+  const tokens = hasUserTokens(config) ? await createUserTokens(config, logger) : undefined
+  const app = await buildApp(config, { relay, redis, tokens, logger, logRequest, document: async () => (await openapi(config)).document })
   t.teardown(async () => {
     await app.close()
+    tokens?.close()
     await Promise.all([outbox?.close(), client.close()])
   })
 
@@ -80,6 +83,7 @@ export async function startRelay (t: Test, { env = {}, sandbox: sandboxOptions =
     config,
     outbox: outbox as Outbox,
     relay,
+    tokens,
     sandbox,
     lines,
     inject,

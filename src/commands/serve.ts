@@ -1,11 +1,14 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import closeWithGrace from 'close-with-grace'
-import { isLoopback, type Config } from '../config.ts'
-import type { createLog } from '../log.ts'
+import { hasCredentials, hasUserTokens, isPlainUpstream, type Config } from '../config.ts'
+import { isLoopback } from '../environment.ts'
+import type { createLog, Log } from '../log.ts'
 import { buildApp } from '../http/app.ts'
 import { baseUrl, createMixpanel } from '../mixpanel/client.ts'
 import { directoryOf, openConnection, openOutbox } from '../outbox/open.ts'
+import { useRedisCredentials } from '../redis.ts'
 import { createRelay } from '../relay/relay.ts'
+import { watchSecrets, type SecretFiles } from '../secrets.ts'
 import { runAdminCommand } from './admin.ts'
 import { serveAdminSocket } from './admin-socket.ts'
 
@@ -39,11 +42,12 @@ export const openapiDocument = (config: Config) =>
 /**
  * Starts the relay and resolves when it listens. From then on a signal starts a shutdown, which takes at most
  * SHUTDOWN_DELAY_MS + SHUTDOWN_TIMEOUT_MS + 3 s; a second signal ends the process at once. Rejects with a sentence when
- * the relay cannot start. `openFiles` is the number of files that the process may open. `end` acts as a first signal.
+ * the relay cannot start. `openFiles` is the number of files that the process may open. `secrets` are the files of
+ * secrets, which take effect when they change. `end` acts as a first signal.
  * `isWaitingForDisk` returns true while the outbox closes: if its disk hangs, so would an exit.
  */
 export async function serve (
-  requested: Config, { logger, logRequest }: ReturnType<typeof createLog>, openFiles = Infinity
+  requested: Config, { logger, logRequest }: ReturnType<typeof createLog>, secrets: SecretFiles, openFiles = Infinity
 ): Promise<{ end: () => void, isWaitingForDisk: () => boolean }> {
   const connections = Math.max(1, Math.min(requested.MAX_CONNECTIONS, openFiles - OTHER_FILES))
   const config = { ...requested, MAX_CONNECTIONS: connections }
@@ -61,18 +65,26 @@ export async function serve (
   const client = createMixpanel(config, logger)
   const relay = createRelay(config, client, logger, outbox)
   relay.start()
+  const tokens = await openUserTokens(config, logger)
   const app = await buildApp(config, {
-    relay, redis, logger, logRequest, document: async () => (await openapiDocument(config)).document
+    relay, redis, tokens, logger, logRequest, document: async () => (await openapiDocument(config)).document
   })
   const mixpanel = baseUrl(config)
-  const callers = isLoopback(config.HOST) ? 'any process on this machine' : 'any caller that reaches this address'
-  const open = { allow_anonymous: config.ALLOW_ANONYMOUS, risk: `${callers} may merge identities` }
-  logger.warn(open, 'no caller credentials')
-  const { protocol, hostname } = new URL(mixpanel)
-  if (protocol === 'http:' && !isLoopback(hostname.replace(/^\[|\]$/g, ''))) {
-    logger.warn({ risk: 'the token travels in the clear' }, 'MIXPANEL_URL without https')
-  }
+  for (const [fields, message] of weaknesses(config)) logger.warn(fields, message)
   const url = await app.listen({ host: config.HOST, port: config.PORT, backlog: BACKLOG })
+
+  const closeWatch = watchSecrets({
+    ...secrets,
+    log: logger,
+    onChange (changed) {
+      client.useSecrets(changed)
+      app.useApiKeys(changed)
+      tokens?.useSecret(changed)
+      if (redis !== undefined && !useRedisCredentials(redis, String(config.REDIS_URL), String(changed.REDIS_URL))) {
+        logger.error({ hint: 'only its user and password can change without a restart' }, 'REDIS_URL needs a restart')
+      }
+    }
+  })
 
   let isClosingOutbox = false
   const delay = config.SHUTDOWN_DELAY_MS + config.SHUTDOWN_TIMEOUT_MS + CLOSING_MS
@@ -82,13 +94,38 @@ export async function serve (
     app.beginShutdown()
     await sleep(config.SHUTDOWN_DELAY_MS)
     setTimeout(relay.stopWaiting, config.SHUTDOWN_TIMEOUT_MS * 0.8).unref()
+    closeWatch()
     closeAdminSocket?.()
     await app.close()
     isClosingOutbox = true
     await Promise.all([outbox?.close(), client.close()])
     isClosingOutbox = false
+    tokens?.close()
     redis?.disconnect()
   })
   logger.info({ mixpanel, endpoint: config.MIXPANEL_ENDPOINT }, `Server listening at ${url}`)
   return { end: close, isWaitingForDisk: () => isClosingOutbox }
+}
+
+/** Resolves with the verifier of users' tokens, if the configuration has any. jose would lengthen every start. */
+async function openUserTokens (config: Config, log: Log) {
+  return hasUserTokens(config)
+    ? (await import('../http/callers/user-tokens.ts')).createUserTokens(config, log)
+    : undefined
+}
+
+/** Returns a warning for each thing that the configuration permits and an attacker, or an accident, could use. */
+function weaknesses (config: Config): [fields: object, message: string][] {
+  const callers = isLoopback(config.HOST) ? 'any process on this machine' : 'any caller that reaches this address'
+  const open = { allow_anonymous: config.ALLOW_ANONYMOUS, risk: `${callers} may merge identities` }
+  const rules: [isWeak: boolean, fields: object, message: string][] = [
+    [!hasCredentials(config), open, 'no caller credentials'],
+    [hasCredentials(config) && config.ALLOW_ANONYMOUS, open, 'callers without credentials allowed'],
+    [hasUserTokens(config) && config.JWT_AUDIENCE === undefined,
+      { risk: 'tokens that the issuer made for other services are valid' }, 'JWT_AUDIENCE not set'],
+    [isPlainUpstream(config), { risk: 'the token travels in the clear' }, 'MIXPANEL_URL without https'],
+    [config.OUTBOX !== 'off' && config.MIXPANEL_PROJECT_ID === undefined,
+      { hint: 'before you change the token, set MIXPANEL_PROJECT_ID and restart' }, 'outbox bound to this token']
+  ]
+  return rules.flatMap(([isWeak, fields, message]) => isWeak ? [[fields, message] as [object, string]] : [])
 }

@@ -1,17 +1,21 @@
 import Fastify, { type FastifyInstance } from 'fastify'
 import type { Logger } from 'pino'
 import { createSlices } from '../concurrency/slices.ts'
-import { isLoopback, type Config } from '../config.ts'
+import type { Config } from '../config.ts'
+import { isLoopback } from '../environment.ts'
 import { throttledError, type AccessLine } from '../log.ts'
 import type { Redis } from '../redis.ts'
 import type { Relay } from '../relay/relay.ts'
 import { createBodies } from './body.ts'
+import type { UserTokens } from './callers/user-tokens.ts'
 import { createConnections } from './connections.ts'
+import { authorization, callers } from './plugins/callers.ts'
 import { framing } from './plugins/framing.ts'
 import { corsHeaders, origins } from './plugins/origins.ts'
 import { handleFrameworkError, handleClientError, problems } from './plugins/problems.ts'
 import { rateLimits } from './plugins/rate-limit.ts'
 import { requestId, requestLog } from './plugins/request-log.ts'
+import { securityHeaders } from './plugins/security-headers.ts'
 import { shutdown } from './plugins/shutdown.ts'
 import { batch } from './routes/batch.ts'
 import { docs } from './routes/docs.ts'
@@ -27,6 +31,8 @@ const LOG_INTERVAL_MS = 60_000
 export interface Dependencies {
   relay: Relay
   redis?: Redis | undefined
+  /** Required if the configuration has user tokens. */
+  tokens?: UserTokens | undefined
   logger: Logger
   logRequest: (line: AccessLine) => void
   document: () => Promise<object>
@@ -36,9 +42,10 @@ export interface Dependencies {
 
 /**
  * The path of an identity. A connection within the bounds (connections) carries a POST request, which gets an id
- * (request-log). The request is refused when its caller exceeds the rate limit (rate-limit), when a browser sends it
- * from a foreign page (origins), when the relay is closing (shutdown), or when two servers could read it differently
- * (framing). Its body is read within a bound on all bodies (body), parsed, and validated (routes/identify). The relay
+ * (request-log). Its caller is found by its credentials (callers). The request is refused when its caller exceeds the
+ * rate limit (rate-limit), when a browser sends it from a foreign page (origins), when its caller may not use the route
+ * (callers), when the relay is closing (shutdown), or when two servers could read it differently (framing). Its body is
+ * read within a bound on all bodies (body), parsed, and validated (routes/identify). The relay
  * turns the identity into an event and adds it to a batch (batcher). The batch is sent with the token (client) and
  * retried if need be (delivery). The response is read (answer) and becomes a verdict for each identity (verdict), which
  * becomes the response to the caller (routes/responses, problem). With an outbox, an event that Mixpanel cannot accept
@@ -46,7 +53,8 @@ export interface Dependencies {
  *
  * Returns the app, not yet listening. `app.close()` lets requests in flight finish and then stops the relay.
  */
-export async function buildApp (config: Config, { relay, redis, logger, logRequest, document, prepare }: Dependencies) {
+export async function buildApp (config: Config, dependencies: Dependencies) {
+  const { relay, redis, tokens, logger, logRequest, document, prepare } = dependencies
   const logError = throttledError((fields, message) => logger.error(fields, message), LOG_INTERVAL_MS)
   const connections = createConnections({
     config,
@@ -73,10 +81,13 @@ export async function buildApp (config: Config, { relay, redis, logger, logReque
 
   // Fastify's own logging is off: its two lines for each request cost as much as the rest of the request.
   await app.register(requestLog, { logRequest })
+  await app.register(securityHeaders)
   await app.register(problems, { logger })
   await app.register(corsHeaders, { config })
+  await app.register(callers, { config, tokens })
   await app.register(rateLimits, { config, redis, log: logger })
   await app.register(origins, { config })
+  await app.register(authorization, { config })
   await app.register(shutdown, { relay })
   await app.register(framing)
   await app.register(connections.hooks)
@@ -94,11 +105,13 @@ export async function buildApp (config: Config, { relay, redis, logger, logReque
   app.removeAllContentTypeParsers()
 
   const bodies = createBodies({ config, recordCost: connections.recordCost })
-  const parts = () => ({ connections: connections.count(), bytes_in_flight: bodies.bytesInFlight(), ...relay.state() })
+  const parts = () => ({
+    connections: connections.count(), bytes_in_flight: bodies.bytesInFlight(), jwks: tokens?.state(), ...relay.state()
+  })
   await app.register(health, { parts })
   if (config.DOCS ?? isLoopback(config.HOST)) await app.register(docs, { document })
   const nextSlice = createSlices(SLICE_MS)
-  await app.register(identify, { relay, bodies, nextSlice })
+  await app.register(identify, { relay, config, bodies, nextSlice })
   await app.register(batch, { relay, config, bodies, nextSlice })
   return app
 }

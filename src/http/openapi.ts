@@ -18,6 +18,16 @@ const about = {
   },
   servers: [{ url: 'http://127.0.0.1:8080', description: 'The default HOST and PORT.' }],
   security: [],
+  components: {
+    securitySchemes: {
+      bearer: {
+        type: 'http' as const,
+        scheme: 'bearer',
+        description: 'An API key (API_KEYS), or the token of a user (JWT_SECRET, JWT_JWKS_URL).'
+      },
+      apiKey: { type: 'apiKey' as const, in: 'header', name: 'x-api-key', description: 'An API key (API_KEYS).' }
+    }
+  },
   tags: [
     { name: 'identities', description: 'Tell Mixpanel that an anonymous user is a known one.' },
     { name: 'health', description: 'For orchestrators and load balancers.' }
@@ -34,6 +44,8 @@ export async function openapi (config: Config): Promise<{ document: object, yaml
   const app = await buildApp(config, {
     relay: createRelay(config, client, log.logger),
     ...log,
+    // No request needs them: the app does not listen.
+    tokens: undefined,
     document: openapi.bind(undefined, config),
     async prepare (app) {
       await app.register(swagger, {

@@ -5,9 +5,13 @@ import type { FieldError } from '../identity/identity.ts'
 /** Every problem code: its HTTP status, whether the same request may succeed later, and its sentence for people. */
 export const PROBLEMS = {
   invalid_request: { status: 400, retryable: false, detail: 'The request breaks a rule; `errors` names each field.' },
+  unauthenticated: { status: 401, retryable: false, detail: 'The credentials are missing or wrong.' },
   forbidden: { status: 403, retryable: false, detail: 'CORS_ORIGINS does not list this origin.' },
   not_found: { status: 404, retryable: false, detail: 'No route has this path.' },
   method_not_allowed: { status: 405, retryable: false, detail: 'This path does not support the method; see Allow.' },
+  suspicious_identity: {
+    status: 409, retryable: false, detail: 'The merge guard refused the identity; nothing was sent.'
+  },
   body_too_large: { status: 413, retryable: false, detail: 'The body is larger than this path accepts.' },
   unsupported_media_type: {
     status: 415, retryable: false, detail: 'Send JSON, as application/json or text/plain, without a content encoding.'

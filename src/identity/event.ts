@@ -19,6 +19,8 @@ export interface PendingEvent {
   readonly json: string
   /** The length of `json` in UTF-8. */
   readonly bytes: number
+  /** The user's id, as the caller gave it. */
+  readonly userId: string
   /** Equal for all spellings of an anonymous id: Mixpanel's SDKs add `$device:`, and a UUID has no case. */
   readonly anonKey: string
   readonly insertId: string
@@ -73,11 +75,13 @@ export function parseEvent ({ json }: Pick<PendingEvent, 'json'>): IdentifyEvent
 }
 
 function pending (event: IdentifyEvent, json = JSON.stringify(event)): PendingEvent {
-  const { $anon_id: anon, $insert_id: insertId, time } = event.properties
+  const { $identified_id: userId, $anon_id: anon, $insert_id: insertId, time } = event.properties
   const anonKey = deviceKey(anon)
   const bytes = Buffer.byteLength(json)
-  if (bytes === json.length && bytes < LARGE_BYTES) return Object.freeze({ json, bytes, anonKey, insertId, time })
+  if (bytes === json.length && bytes < LARGE_BYTES) {
+    return Object.freeze({ json, bytes, userId, anonKey, insertId, time })
+  }
   // V8 does not move bytes outside its heap. A string with any character beyond Latin-1 has two bytes per character.
   const utf8 = Buffer.from(json)
-  return Object.freeze({ get json () { return utf8.toString() }, bytes, anonKey, insertId, time })
+  return Object.freeze({ get json () { return utf8.toString() }, bytes, userId, anonKey, insertId, time })
 }

@@ -22,8 +22,9 @@ export type Taken = 'yes' | 'no' | 'unknown'
 
 /** The code of every failure is a problem code. */
 export type Outcome = 'accepted' | 'queued' | Failure
-export type Failure = 'refused_by_mixpanel' | 'mixpanel_unreachable' | 'mixpanel_misanswered' | 'mixpanel_timed_out' |
-  'mixpanel_rejected_credentials' | 'mixpanel_rate_limited' | 'mixpanel_unavailable' | 'overloaded'
+export type Failure = 'refused_by_mixpanel' | 'suspicious_identity' | 'mixpanel_unreachable' |
+  'mixpanel_misanswered' | 'mixpanel_timed_out' | 'mixpanel_rejected_credentials' | 'mixpanel_rate_limited' |
+  'mixpanel_unavailable' | 'overloaded'
 
 /** The verdict beyond a bound on identities in flight. */
 export const OVERLOADED = { code: 'overloaded', taken: 'no', retryAfter: 1 } as const satisfies Verdict

@@ -121,6 +121,9 @@ export function createMixpanel (config: Config, log?: Pick<Log, 'warn'>) {
       })
     }),
 
+    /** Takes the token and the service account of a changed configuration for all later requests. */
+    useSecrets: credentials.use,
+
     /** Closes the connections; requests in flight fail. */
     close: () => pool.destroy()
   }

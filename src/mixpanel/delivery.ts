@@ -58,9 +58,10 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     const deadline = Math.min(...items.map(event => event.deadline))
     if (performance.now() >= deadline) return { answer: NEVER_SENT }
     // If encoding threw after the breaker had admitted a probe, the probe would never get an outcome.
-    const request = mixpanel.encode(items.map(({ event }) => event), {
+    const encode = () => mixpanel.encode(items.map(({ event }) => event), {
       endpoint: endpointOf(items), strict: isStrict, verbose: isVerbose
     })
+    let request = encode()
     if (!breaker.admits()) {
       return { answer: { code: 'mixpanel_unavailable', taken: 'no', retryAfter: breaker.retryAfter() } }
     }
@@ -88,6 +89,8 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     log.warn({ code: first.code, cause: first.cause, identities: items.length }, 'retrying')
     retries++
     await sleep(pause)
+    // The token may have changed.
+    request = encode()
     const second = await attempt().finally(() => { retries-- })
     if (!second.isTransient) breaker.record(true)
     return { answer: second, ...first.taken === 'unknown' && { lost: first } }

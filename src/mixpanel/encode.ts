@@ -36,7 +36,7 @@ export function encodeRequest (
     const { MIXPANEL_PROJECT_ID: project } = config
     return {
       path: `/import?strict=1${project === undefined ? '' : `&project_id=${project}`}`,
-      headers: { 'content-type': 'application/json', authorization: basic },
+      headers: { 'content-type': 'application/json', authorization: basic() },
       body: Buffer.from(`[${list}]`)
     }
   }

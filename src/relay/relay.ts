@@ -4,7 +4,8 @@ import type { Config } from '../config.ts'
 import { createDelivery, MAX_SENT_BYTES, type OutgoingEvent } from '../mixpanel/delivery.ts'
 import { identifyEvent, type PendingEvent } from '../identity/event.ts'
 import type { Identity } from '../identity/identity.ts'
-import { createStoreAndForward } from './store-and-forward.ts'
+import { createMergeGuard } from './merge-guard.ts'
+import { createStoreAndForward, type StoreOptions } from './store-and-forward.ts'
 import { throttledError, type Log } from '../log.ts'
 import { MAX_SENDS, type Mixpanel } from '../mixpanel/client.ts'
 import { MAX_REQUEST_BYTES, wireBytes } from '../mixpanel/encode.ts'
@@ -29,11 +30,9 @@ const EARLIEST_TIME = Date.UTC(2026, 10, 1) / 1000
 const CLOCK_IS_WRONG: Verdict = { ...OVERLOADED, reason: 'The clock of the relay is wrong; its operator must set it.' }
 const ERROR_INTERVAL_MS = 60_000
 
-export interface IdentifyOptions {
+export interface IdentifyOptions extends StoreOptions {
   /** Mixpanel validates the event (`strict=1`). */
   isStrict?: boolean
-  /** The verdict comes once the event is in the outbox (RFC 7240, `respond-async`). */
-  isAsync?: boolean
   /** The retryable failures of one batch, by anonymous id: later identities of the batch fail alike. */
   failures?: Map<string, Verdict>
 }
@@ -61,17 +60,23 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
   // The first user of an anonymous id keeps it for ever, so identities with one anonymous id are sent one at a time.
   const mutex = createKeyedMutex()
 
-  const sendOrStore = (item: OutgoingEvent, isAsync: boolean): Promise<Verdict> =>
-    storeAndForward === undefined ? batcher.add(item) : storeAndForward.identify(item, isAsync)
+  const mergeGuard = createMergeGuard(config, log)
+
+  const sendOrStore = (item: OutgoingEvent, options: IdentifyOptions): Promise<Verdict> =>
+    storeAndForward === undefined ? batcher.add(item) : storeAndForward.identify(item, options)
+
+  const sendIfPlausible = (item: OutgoingEvent, options: IdentifyOptions): Promise<Verdict> => mergeGuard === undefined
+    ? sendOrStore(item, options)
+    : mergeGuard.run(item.event, () => sendOrStore(item, options))
 
   async function identifyInBatch (
-    item: OutgoingEvent, isAsync: boolean, failures: Map<string, Verdict>
+    item: OutgoingEvent, options: IdentifyOptions, failures: Map<string, Verdict>
   ): Promise<Verdict> {
     const { anonKey } = item.event
     const failure = failures.get(anonKey)
     // If this one were sent, the caller's repeat of the earlier one would come too late.
     if (failure !== undefined) return { ...failure, taken: 'no' }
-    const verdict = await sendOrStore(item, isAsync)
+    const verdict = await sendIfPlausible(item, options)
     if (isRetryable(verdict)) failures.set(anonKey, verdict)
     return verdict
   }
@@ -82,7 +87,7 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
      * verdict is `overloaded`, at once. A caller that disconnects changes nothing: the event is sent or stored.
      */
     async identify (event: PendingEvent, options: IdentifyOptions = {}): Promise<Verdict> {
-      const { isStrict = false, isAsync = false, failures } = options
+      const { isStrict = false, failures } = options
       if (mutex.inFlight() >= config.MAX_IN_FLIGHT) return OVERLOADED
       if (mutex.queued(event.anonKey) >= MAX_QUEUED) return CROWDED
       if (event.time < EARLIEST_TIME) {
@@ -91,7 +96,7 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
       }
       const item = { event, isStrict, deadline: performance.now() + config.DEADLINE_MS, attempts: 0 }
       return mutex.run(event.anonKey, () =>
-        failures === undefined ? sendOrStore(item, isAsync) : identifyInBatch(item, isAsync, failures))
+        failures === undefined ? sendIfPlausible(item, options) : identifyInBatch(item, options, failures))
     },
 
     /** Returns the event of an identity that is validated now. */

@@ -1,6 +1,5 @@
-import { isLoopback, type Config } from '../config.ts'
+import type { Config } from '../config.ts'
 import type { Delivery, OutgoingEvent } from '../mixpanel/delivery.ts'
-import type { PendingEvent } from '../identity/event.ts'
 import type { Log } from '../log.ts'
 import { createDeadLetterExpiry } from './dead-letter-expiry.ts'
 import { createForwarder } from './forwarder.ts'
@@ -12,6 +11,13 @@ interface Dependencies {
   delivery: Delivery
   send: (item: OutgoingEvent) => Promise<Verdict>
   log: Log
+}
+
+export interface StoreOptions {
+  /** The verdict comes once the event is in the outbox (RFC 7240, `respond-async`). */
+  isAsync?: boolean
+  /** The caller may fill the whole outbox. Others may fill half of it, so that they cannot fill it for all. */
+  isTrusted?: boolean
 }
 
 const overloaded = (reason: string): Verdict => ({ ...OVERLOADED, reason })
@@ -27,14 +33,11 @@ export function createStoreAndForward (config: Config, { outbox, delivery, send,
   const forwarder = createForwarder(config, outbox, delivery, log)
   const expiry = createDeadLetterExpiry(config, outbox, log)
 
-  // Strangers must not fill the outbox for all others.
-  const maxBytes = isLoopback(config.HOST) ? config.OUTBOX_MAX_BYTES : config.OUTBOX_MAX_BYTES / 2
-
   /** One callback for each event being sent; it ends the wait for Mixpanel. */
   const sending = new Set<() => void>()
   let isStopped = false
 
-  async function store (event: PendingEvent, cause: string): Promise<Verdict> {
+  async function store ({ event }: OutgoingEvent, cause: string, maxBytes: number): Promise<Verdict> {
     const result = await outbox.put(event, maxBytes)
     if (result !== 'stored') return result === 'rejected' ? NOT_STORED : MAYBE_STORED
     forwarder.added()
@@ -50,26 +53,30 @@ export function createStoreAndForward (config: Config, { outbox, delivery, send,
     })
   }
 
-  async function sendOrStore (item: OutgoingEvent): Promise<Verdict> {
+  async function sendOrStore (item: OutgoingEvent, maxBytes: number): Promise<Verdict> {
     const { event, deadline } = item
-    if (outbox.counts().paused) return store(event, 'delivery is paused')
+    if (outbox.counts().paused) return store(item, 'delivery is paused', maxBytes)
     const hasEarlier = await outbox.has(event.anonKey)
     if (hasEarlier === 'unknown') return STORE_UNREACHABLE
-    if (hasEarlier === 'yes') return store(event, 'an earlier identity is queued')
+    if (hasEarlier === 'yes') return store(item, 'an earlier identity is queued', maxBytes)
     // Half the deadline has passed behind an earlier identity; too little is left to send.
-    if (performance.now() > deadline - config.DEADLINE_MS / 2) return store(event, 'half of DEADLINE_MS has passed')
+    if (performance.now() > deadline - config.DEADLINE_MS / 2) {
+      return store(item, 'half of DEADLINE_MS has passed', maxBytes)
+    }
     const verdict = await sendUnlessStopped(item)
     if (verdict.code === 'accepted') forwarder.recovered()
     if (!isDeferrable(verdict)) return verdict
-    const stored = await store(event, verdict.code)
+    const stored = await store(item, verdict.code, maxBytes)
     // When Mixpanel may have the event, the answer must not say that it was not sent.
     return stored.code === 'queued' || verdict.taken === 'no' ? stored : verdict
   }
 
   return {
     /** Resolves with the verdict of `send`, or with `queued` once the event is on disk. `isAsync`: stores at once. */
-    identify: (item: OutgoingEvent, isAsync: boolean) =>
-      isAsync ? store(item.event, 'respond-async') : sendOrStore(item),
+    identify (item: OutgoingEvent, { isAsync = false, isTrusted = false }: StoreOptions): Promise<Verdict> {
+      const maxBytes = isTrusted ? config.OUTBOX_MAX_BYTES : config.OUTBOX_MAX_BYTES / 2
+      return isAsync ? store(item, 'respond-async', maxBytes) : sendOrStore(item, maxBytes)
+    },
 
     /** Stops waiting for Mixpanel: events being sent, and all later ones, are stored. */
     stopWaiting (): void {

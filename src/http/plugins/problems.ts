@@ -6,6 +6,7 @@ import fp from 'fastify-plugin'
 import type { Logger } from 'pino'
 import { BodyError } from '../body.ts'
 import type { Connections } from '../connections.ts'
+import { SECURITY_HEADERS } from './security-headers.ts'
 import { type ProblemOptions, problemBody, type ProblemCode, PROBLEMS } from '../problem.ts'
 
 declare module 'fastify' {
@@ -57,7 +58,8 @@ export const handleFrameworkError = (logger: Logger) =>
   (_: FastifyError, { method, id }: FastifyRequest, reply: FastifyReply) => {
     const errors = [{ pointer: '', detail: 'must have a valid URL' }]
     logger.info({ method, status: 400, code: 'invalid_request', request_id: id }, 'request completed')
-    return send(reply.header('x-request-id', id), 'invalid_request', { errors })
+    const headers = { ...SECURITY_HEADERS, 'x-request-id': id, 'cache-control': 'no-store' }
+    return send(reply.headers(headers), 'invalid_request', { errors })
   }
 
 /** Returns the handler for bytes that are not a request, or too slow. It sends a problem and closes the connection. */
@@ -74,6 +76,13 @@ function clientErrorAnswer (logger: Logger, { code: cause }: NodeJS.ErrnoExcepti
   const detail = `The request could not be read: ${title}.`
   const body = JSON.stringify(problemBody('invalid_request', id, { detail, errors: [{ pointer: '', detail }], status }))
   logger.info({ status, code: 'invalid_request', cause, request_id: id }, 'request completed')
-  return `HTTP/1.1 ${status} ${title}\r\nconnection: close\r\nx-request-id: ${id}\r\n` +
-    `content-type: application/problem+json\r\ncontent-length: ${Buffer.byteLength(body)}\r\n\r\n${body}`
+  const headers = {
+    ...SECURITY_HEADERS,
+    connection: 'close',
+    'x-request-id': id,
+    'content-type': 'application/problem+json',
+    'content-length': Buffer.byteLength(body)
+  }
+  const lines = Object.entries(headers).map(([name, value]) => `${name}: ${value}\r\n`)
+  return `HTTP/1.1 ${status} ${title}\r\n${lines.join('')}\r\n${body}`
 }

@@ -21,12 +21,16 @@ declare module 'fastify' {
 
 interface Options { config: Config, redis?: Redis | undefined, log: Log }
 
-/** Counts every request against its caller's limit, whatever the response; only the health routes are exempt. */
+/**
+ * Counts every request against the limit of its caller: an API key, a user, or else an address. The response makes no
+ * difference; only the health routes are exempt.
+ */
 export const rateLimits = fp<Options>(async (app, { config, redis, log }) => {
   const { RATE_LIMIT_MAX: max, RATE_LIMIT_WINDOW_MS: windowMs } = config
   const prefix = `identify-relay:${projectOf(config).fingerprint}:limit:`
   const store = createRateLimitStore({ max, windowMs, log, redis: redis && { connection: redis, prefix } })
-  const keyGenerator = ({ ip }: FastifyRequest) => addressKey(ip)
+  const addressLimit = (address: string) => `address:${addressKey(address)}`
+  const keyGenerator = ({ caller, ip }: FastifyRequest) => caller.limitKey ?? addressLimit(ip)
   await app.register(rateLimit, {
     global: false,
     max,
@@ -45,7 +49,7 @@ export const rateLimits = fp<Options>(async (app, { config, redis, log }) => {
     else limit.call(app, request, reply).then(() => done(), done)
   })
 
-  app.decorate('charge', (address, amount) => { store.charge(address, amount).catch(() => {}) })
+  app.decorate('charge', (address, amount) => { store.charge(addressLimit(address), amount).catch(() => {}) })
   app.decorate('countIdentities', async (request, amount) => {
     const { current, ttl } = await store.add(keyGenerator(request), amount)
     return current > max ? Math.ceil(ttl / 1000) : undefined

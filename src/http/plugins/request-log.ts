@@ -50,15 +50,16 @@ export const requestLog = fp<{ logRequest: (line: AccessLine) => void }>(async (
     request.since = performance.now()
     reply.logLine = { insertId: undefined, sent: undefined, details: undefined }
     reply.header('x-request-id', request.id)
-    if (request.method === 'POST') reply.header('cache-control', 'no-store')
     done()
   })
 
-  app.addHook('onSend', ({ route, since, method, id }, reply, payload, done) => {
+  app.addHook('onSend', ({ route, since, method, id, caller }, reply, payload, done) => {
     if (!route.config.unlogged) {
       const ms = Math.round((performance.now() - since) * 10) / 10
       const { insertId, sent, details } = reply.logLine
-      logRequest({ method, route: route.url, status: reply.statusCode, ms, requestId: id, insertId, sent, details })
+      const { statusCode: status } = reply
+      const { label } = caller
+      logRequest({ method, route: route.url, status, ms, requestId: id, caller: label, insertId, sent, details })
     }
     done(null, payload)
   })

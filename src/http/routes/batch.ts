@@ -15,7 +15,9 @@ import {
   MAX_ERRORS, Problem, problemBody, problemResponses, type ProblemCode, type ProblemOptions
 } from '../problem.ts'
 import { asFieldErrors, fieldErrors } from '../validation.ts'
-import { answerQueued, toProblem, BODY_TYPES, identityRoute, Headers, prefersAsync, TOO_LONG } from './responses.ts'
+import {
+  answerQueued, toProblem, BODY_TYPES, identityRoute, Headers, prefersAsync, SECURITY, TOO_LONG
+} from './responses.ts'
 
 declare module 'fastify' {
   interface FastifyContextConfig {
@@ -84,12 +86,13 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
 
   app.post('/identify/batch', {
     ...identityRoute,
-    config: { body: identitiesOf(Identity) } satisfies FastifyContextConfig,
+    config: { body: identitiesOf(Identity), callers: 'services' } satisfies FastifyContextConfig,
     schema: {
       operationId: 'identifyBatch',
       summary: 'Merge many anonymous users',
       description: DESCRIPTION,
       tags: ['identities'],
+      security: SECURITY,
       consumes: BODY_TYPES,
       querystring: Type.Object({}, { additionalProperties: false }),
       headers: Headers,
@@ -100,9 +103,9 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
     if (!Array.isArray(looked)) return reply.headers(looked.headers ?? {}).problem(looked.code, looked)
 
     const isAsync = prefersAsync(request.headers.prefer)
-    const failures = new Map<string, Verdict>()
+    const options = { isAsync, isTrusted: true, failures: new Map<string, Verdict>() }
     const outcomes = await Promise.all(looked.map((one): Outcome | Promise<Outcome> =>
-      Array.isArray(one) ? one : relay.identify(one, { isAsync, failures }).catch((bug: Error) => bug)))
+      Array.isArray(one) ? one : relay.identify(one, options).catch((bug: Error) => bug)))
     let retryAfter = 0
     let queued = 0
     let failed = 0

@@ -1,7 +1,8 @@
 import type { FastifyPluginAsyncTypebox } from '@fastify/type-provider-typebox'
 import { Type } from '@sinclair/typebox'
-import type { FastifyReply, FastifyRequest } from 'fastify'
+import type { FastifyContextConfig, FastifyReply, FastifyRequest } from 'fastify'
 import type { Slices } from '../../concurrency/slices.ts'
+import { isOpenLoopback, type Config } from '../../config.ts'
 import { isTooLarge } from '../../identity/event.ts'
 import { checkRules, Identity, MAX_IDENTITY_BYTES, checkSize } from '../../identity/identity.ts'
 import { hasFailed } from '../../identity/verdict.ts'
@@ -9,7 +10,9 @@ import { parseAsJson, type Bodies } from '../body.ts'
 import { problemResponses } from '../problem.ts'
 import { fieldErrors } from '../validation.ts'
 import type { Relay } from '../../relay/relay.ts'
-import { answerQueued, toProblem, BODY_TYPES, identityRoute, Headers, prefersAsync, TOO_LONG } from './responses.ts'
+import {
+  answerQueued, toProblem, BODY_TYPES, identityRoute, Headers, prefersAsync, SECURITY, TOO_LONG
+} from './responses.ts'
 
 const Flag = (description: string) =>
   Type.Optional(Type.Unsafe<'0' | '1'>({ type: 'string', enum: ['0', '1'], description }))
@@ -56,16 +59,18 @@ const MAX_VALIDATED_FIELDS = 1000
 /** Leaves room for white space. A longer body is not read to its end. */
 const BODY_LIMIT = 2 * MAX_IDENTITY_BYTES
 
-interface Options { relay: Relay, bodies: Bodies, nextSlice: Slices }
+interface Options { relay: Relay, config: Config, bodies: Bodies, nextSlice: Slices }
 
 /** `POST /identify`: one identity and its verdict. */
-export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay, bodies, nextSlice }) => {
+export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay, config, bodies, nextSlice }) => {
+  const isOpen = isOpenLoopback(config)
   bodies.accept(app, {
     types: BODY_TYPES, limit: BODY_LIMIT, share: 1, parse: parseAsJson(MAX_IDENTITY_BYTES, nextSlice)
   })
 
   app.post('/identify', {
     ...identityRoute,
+    config: { callers: 'all' } satisfies FastifyContextConfig,
     preValidation ({ body }, reply, done) {
       const errors = checkSize(body, MAX_VALIDATED_FIELDS)
       if (errors.length > 0) reply.problem('invalid_request', { errors })
@@ -76,6 +81,7 @@ export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay,
       summary: 'Merge an anonymous user into a known one',
       description: DESCRIPTION,
       tags: ['identities'],
+      security: SECURITY,
       consumes: BODY_TYPES,
       body: Identity,
       querystring: Query,
@@ -89,6 +95,10 @@ export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay,
     if (request.validationError || errors.length > 0) {
       return reply.problem('invalid_request', { errors: [...fieldErrors(request), ...errors] })
     }
+    const { caller } = request
+    if (caller.kind === 'user' && caller.userId !== request.body.identified_id) {
+      return reply.problem('forbidden', { detail: `identified_id is not the user of the token (${config.JWT_CLAIM}).` })
+    }
     const event = relay.toEvent(request.body)
     if (isTooLarge(event)) return reply.problem('invalid_request', { errors: [TOO_LONG] })
     // The body would take as much memory again while the event waits for Mixpanel.
@@ -96,7 +106,8 @@ export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay,
     if (request.query.dry_run === '1') return reply.send(relay.preview(event))
     reply.logLine.insertId = event.insertId
     const isAsync = prefersAsync(request.headers.prefer)
-    const verdict = await relay.identify(event, { isStrict: request.query.strict === '1', isAsync })
+    const isTrusted = isOpen || caller.kind === 'key'
+    const verdict = await relay.identify(event, { isStrict: request.query.strict === '1', isAsync, isTrusted })
     reply.logLine.sent = verdict.sent
     if (verdict.code === 'accepted') return sendAccepted(reply)
     if (verdict.cause !== undefined) reply.logLine.details = { cause: verdict.cause }

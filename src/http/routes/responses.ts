@@ -11,6 +11,9 @@ export const identityRoute = { attachValidation: true }
 /** The error of an identity that has too many bytes. */
 export const TOO_LONG: FieldError = { pointer: '', detail: tooLong(MAX_IDENTITY_BYTES) }
 
+/** The credentials of a call, for the OpenAPI document. A relay without API_KEYS and JWT_* needs none. */
+export const SECURITY = [{ bearer: [] }, { apiKey: [] }, {}]
+
 export const BODY_TYPES = ['application/json', 'text/plain']
 
 export const Headers = Type.Object({

@@ -1,0 +1,22 @@
+import { hash, timingSafeEqual } from 'node:crypto'
+import { splitApiKey } from '../../environment.ts'
+import { shortDigest, type Caller } from './caller.ts'
+
+/** Returns a function that finds the caller of an API key. `entries` are those of API_KEYS; only digests are kept. */
+export function createApiKeys (entries: string[]): (key: string) => Caller | undefined {
+  const services = entries.map(splitApiKey).map(({ name, key }): { digest: Buffer, caller: Caller } => ({
+    digest: digestOf(key),
+    caller: { kind: 'key', label: `key:${name ?? shortDigest(key).slice(0, 8)}`, limitKey: `key:${shortDigest(key)}` }
+  }))
+  return key => {
+    const presented = digestOf(key)
+    let found: Caller | undefined
+    // Digests of equal length, and no early exit: the time says nothing about the keys.
+    for (const { digest, caller } of services) {
+      if (timingSafeEqual(digest, presented)) found = caller
+    }
+    return found
+  }
+}
+
+const digestOf = (key: string) => hash('sha256', key, 'buffer')

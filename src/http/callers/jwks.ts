@@ -1,0 +1,124 @@
+import { createLocalJWKSet, errors, type JSONWebKeySet, type JWTVerifyGetKey } from 'jose'
+import { isDeepStrictEqual } from 'node:util'
+import type { Log } from '../../log.ts'
+
+const REFRESH_MS = 300_000
+/** The shortest time between two requests that unknown keys cause, and the time until a failed request is repeated. */
+const COOLDOWN_MS = 10_000
+const TIMEOUT_MS = 5000
+/** Large identity providers answer with some 10 KB and ten keys. */
+const MAX_BYTES = 262_144
+const MAX_KEYS = 100
+
+interface Options {
+  log: Log
+  /** Called when the keys have changed. */
+  onChange: () => void
+  refreshMs?: number
+  cooldownMs?: number
+}
+
+export type Jwks = Awaited<ReturnType<typeof createJwks>>
+
+/**
+ * Resolves with the public keys at `url` once they are loaded; rejects with a sentence when they cannot be. They are
+ * fetched again every five minutes, and when a token names an unknown key, but for tokens only once in ten seconds.
+ * While the server is down, or answers with no keys, the known keys stay: jose's own remote set would drop them.
+ */
+export async function createJwks (url: string, options: Options) {
+  const { log, onChange, refreshMs = REFRESH_MS, cooldownMs = COOLDOWN_MS } = options
+  let jwks = await fetchKeys(url).catch((error: Error) => {
+    throw new Error(`JWT_JWKS_URL: no keys can be fetched (${causeOf(error)})`)
+  })
+  let keys = createLocalJWKSet(jwks)
+  let isStale = false
+  let isClosed = false
+  let lastAsked = -Infinity
+  let fetching: Promise<void> | undefined
+  let timer = setTimeout(refresh, refreshMs).unref()
+
+  /** Fetches the keys, once for all that ask at the same time. Never rejects. */
+  function refresh (): Promise<void> {
+    return (fetching ??= update().finally(() => {
+      fetching = undefined
+      clearTimeout(timer)
+      if (!isClosed) timer = setTimeout(refresh, isStale ? Math.min(cooldownMs, refreshMs) : refreshMs).unref()
+    }))
+  }
+
+  async function update (): Promise<void> {
+    try {
+      const fetched = await fetchKeys(url)
+      if (isStale) log.info({}, 'JWKS available again')
+      isStale = false
+      if (isDeepStrictEqual(fetched, jwks)) return
+      jwks = fetched
+      keys = createLocalJWKSet(jwks)
+      onChange()
+    } catch (error) {
+      if (!isStale) log.error({ cause: causeOf(error as Error) }, 'JWKS unavailable, known keys stay')
+      isStale = true
+    }
+  }
+
+  return {
+    /** Resolves with the key of a token, for jose; rejects with jose's JWKSNoMatchingKey if there is none. */
+    getKey: (async (header, token) => {
+      try {
+        return await keys(header, token)
+      } catch (error) {
+        if (!(error instanceof errors.JWKSNoMatchingKey)) throw error
+        const mayAsk = performance.now() - lastAsked >= cooldownMs
+        if (!mayAsk && fetching === undefined) throw error
+        if (mayAsk) lastAsked = performance.now()
+        await refresh()
+        return keys(header, token)
+      }
+    }) satisfies JWTVerifyGetKey,
+
+    /** Returns `stale` while the last request for the keys has failed. */
+    state: () => isStale ? 'stale' : 'current',
+
+    close (): void {
+      isClosed = true
+      clearTimeout(timer)
+    }
+  }
+}
+
+/** Resolves with the signing keys at `url`. Rejects when there are none, or when the answer is too slow or too long. */
+async function fetchKeys (url: string): Promise<JSONWebKeySet> {
+  const signal = AbortSignal.timeout(TIMEOUT_MS)
+  const response = await fetch(url, { redirect: 'error', signal, headers: { accept: 'application/json' } })
+  if (response.status !== 200 || response.body === null) throw new Error(`status ${response.status}`)
+  const chunks: Uint8Array[] = []
+  let length = 0
+  for await (const chunk of response.body) {
+    length += chunk.length
+    if (length > MAX_BYTES) throw new Error(`more than ${MAX_BYTES} bytes`)
+    chunks.push(chunk)
+  }
+  const { keys } = parse(Buffer.concat(chunks).toString())
+  const usable = Array.isArray(keys) ? keys.filter(isSigningKey).slice(0, MAX_KEYS) : []
+  if (usable.length === 0) throw new Error('an answer without keys')
+  return { keys: usable }
+}
+
+function parse (text: string): { keys?: unknown } {
+  try {
+    return Object(JSON.parse(text))
+  } catch {
+    throw new Error('an answer that is not JSON')
+  }
+}
+
+/** A symmetric key (`oct`) in a public document would let anyone sign. */
+const isSigningKey = (key: unknown) => {
+  const { kty, use = 'sig' } = Object(key) as { kty?: unknown, use?: unknown }
+  return ['RSA', 'EC', 'OKP'].includes(String(kty)) && use === 'sig'
+}
+
+function causeOf (error: Error): string {
+  const cause = error.cause as NodeJS.ErrnoException | undefined
+  return cause?.code ?? cause?.message ?? error.message
+}
