@@ -73,7 +73,8 @@ export const isOpenLoopback = (config: Config) => !hasCredentials(config) && isL
 
 /** Returns true if MIXPANEL_URL would carry the token unencrypted to another machine. */
 export function isPlainUpstream ({ MIXPANEL_URL: url }: Config): boolean {
-  if (url === undefined || !URL.canParse(url)) return false
+  // An invalid URL has an error of its own.
+  if (url === undefined || !Value.Check(Environment.properties.MIXPANEL_URL, url)) return false
   const { protocol, hostname } = new URL(url)
   return protocol === 'http:' && !isLoopback(hostname)
 }

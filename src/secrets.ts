@@ -1,7 +1,7 @@
 import { constants } from 'node:fs'
 import { open } from 'node:fs/promises'
 import { isDeepStrictEqual } from 'node:util'
-import { ConfigError, type Config } from './config.ts'
+import type { Config, ConfigError } from './config.ts'
 import type { Log } from './log.ts'
 
 /** How often the files are read. Kubernetes swaps a link to their directory, which no watch on a file would notice. */
@@ -59,8 +59,7 @@ export function watchSecrets ({ files, texts, reread, log, onChange }: Options):
     try {
       config = reread(other => other === path ? text : used.get(other) as string)
     } catch (error) {
-      if (error instanceof ConfigError) return error.message
-      throw error
+      return (error as ConfigError).message
     }
     used.set(path, text)
     problems.delete(name)

@@ -101,7 +101,7 @@ t.test('one transient failure is repaired by one retry with the same bytes', asy
 t.test('a refused connection and an unknown host name are 502 mixpanel_unreachable', async t => {
   const { post } = await startRelay(t, { env: { MIXPANEL_URL: 'http://127.0.0.1:9' } })
   t.match((await post(identity())).json(), { status: 502, code: 'mixpanel_unreachable' })
-  const { post: postToUnknownHost } = await startRelay(t, { env: { MIXPANEL_URL: 'http://nowhere.invalid' } })
+  const { post: postToUnknownHost } = await startRelay(t, { env: { MIXPANEL_URL: 'https://nowhere.invalid' } })
   t.match((await postToUnknownHost(identity())).json(), { status: 502, code: 'mixpanel_unreachable' })
 })
 

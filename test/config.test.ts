@@ -4,6 +4,7 @@ import { ConfigError, readConfig, SECRETS } from '#src/config.js'
 import { Environment, isLoopback } from '#src/environment.js'
 
 const good = { MIXPANEL_TOKEN: 'CANARY-SECRET' }
+const KEY = 'canary-key-0123456789'
 const read = (env: Record<string, string | undefined>, files: Record<string, string> = {}) => readConfig(env, path => {
   if (files[path] === undefined) throw Object.assign(new Error('no such file'), { code: 'ENOENT' })
   return files[path]
@@ -55,6 +56,18 @@ t.test('lists, numbers, flags and secret files are read', async t => {
   for (const host of ['0.0.0.0', '::', '10.0.0.1', '127.evil.test', 'example.com']) t.notOk(isLoopback(host))
 })
 
+t.test('API keys come one a line from a file, and https or loopback need no permission', async t => {
+  const second = 'canary-key-9876543210'
+  t.same(read({ ...good, API_KEYS: `web:${KEY},${second}` }).API_KEYS, [`web:${KEY}`, second])
+  t.same(read({ ...good, API_KEYS_FILE: '/run/keys' }, { '/run/keys': `web:${KEY}\r\n\n${second}\n` }).API_KEYS, [`web:${KEY}`, second])
+  for (const env of [{ API_KEYS: KEY }, { JWT_SECRET: 's'.repeat(32) }, { JWT_SECRET: 'ß'.repeat(16) }, { JWT_JWKS_URL: 'https://idp.example/keys' }]) {
+    t.equal(read({ ...good, ...env, HOST: '0.0.0.0' }).HOST, '0.0.0.0', 'credentials permit any HOST')
+  }
+  for (const url of ['http://127.0.0.1:8081', 'http://localhost', 'http://[::1]:1', 'https://gateway.example']) t.equal(read({ ...good, MIXPANEL_URL: url }).MIXPANEL_URL, url)
+  t.equal(read({ ...good, MIXPANEL_URL: 'http://gateway.example', ALLOW_HTTP_UPSTREAM: 'true' }).ALLOW_HTTP_UPSTREAM, true)
+  for (const url of ['http://127.0.0.1:9/keys', 'http://[::1]:9/keys']) t.equal(read({ ...good, JWT_JWKS_URL: url }).JWT_JWKS_URL, url)
+})
+
 t.test('each mistake is one sentence that shows no value', async t => {
   const rows: [env: Record<string, string>, sentence: RegExp][] = [
     [{ MIXPANEL_TOKEN: '' }, /^MIXPANEL_TOKEN is required\.$/],
@@ -66,7 +79,20 @@ t.test('each mistake is one sentence that shows no value', async t => {
     ...['https://api.mixpanel.com/track', 'https://gateway.example/mixpanel/import/'].map(url => [{ MIXPANEL_URL: url }, /^MIXPANEL_URL must be .*without \/track/] as [Record<string, string>, RegExp]),
     [{ MIXPANEL_TOKEN_FILE: '/run/token' }, /^MIXPANEL_TOKEN and MIXPANEL_TOKEN_FILE must not both be set\.$/],
     [{ MIXPANEL_TOKEN: '', MIXPANEL_TOKEN_FILE: '/run/none' }, /^MIXPANEL_TOKEN_FILE cannot be read \(ENOENT\)\.$/],
-    [{ MIXPANEL_TOKEN: '', MIXPANEL_TOKEN_FILE: '/run/empty' }, /^MIXPANEL_TOKEN is required\.$/],
+    [{ MIXPANEL_TOKEN: '', MIXPANEL_TOKEN_FILE: '/run/empty' }, /^MIXPANEL_TOKEN_FILE is empty\.$/],
+    ...['API_KEYS', 'JWT_SECRET', 'REDIS_URL'].map(name => [{ [`${name}_FILE`]: '/run/empty' }, new RegExp(`^${name}_FILE is empty\\.$`)] as [Record<string, string>, RegExp]),
+    ...['http://api.mixpanel.com', 'http://10.0.0.1', 'http://localhost.evil.test'].map(url => [{ MIXPANEL_URL: url }, /^MIXPANEL_URL must be https.*ALLOW_HTTP_UPSTREAM=true/] as [Record<string, string>, RegExp]),
+    [{ ALLOW_HTTP_UPSTREAM: '1' }, /^ALLOW_HTTP_UPSTREAM must be true or false\.$/],
+    ...['too-short', `name:${'k'.repeat(15)}`, `${KEY},`.repeat(101), ',', `${KEY}, ${KEY}2`, `"${KEY}"`, `name:'${KEY}'`, ` ${KEY}`, `a:b:${KEY}`, `a b:${KEY}`, `:${KEY}`, 'k'.repeat(513), 'schlüssel-schlüssel']
+      .map(keys => [{ API_KEYS: keys }, /^API_KEYS must be 1 to 100 keys, each as key or name:key/] as [Record<string, string>, RegExp]),
+    [{ API_KEYS: `a:${KEY},b:${KEY}` }, /^API_KEYS must not contain a key twice\.$/],
+    [{ JWT_SECRET: 's'.repeat(31) }, /^JWT_SECRET must have at least 32 bytes\.$/],
+    [{ JWT_SECRET: `'${'s'.repeat(40)}'` }, /^JWT_SECRET must not have white space or quotes/],
+    ...['http://idp.example/keys', 'ftp://x', 'x', 'https://u:p@idp.example/keys', 'https://idp.example/keys#a'].map(url => [{ JWT_JWKS_URL: url }, /^JWT_JWKS_URL must be an https URL/] as [Record<string, string>, RegExp]),
+    [{ JWT_SECRET: 's'.repeat(32), JWT_JWKS_URL: 'https://idp.example/keys' }, /^JWT_SECRET and JWT_JWKS_URL must not both be set\.$/],
+    ...['JWT_ISSUER', 'JWT_AUDIENCE', 'JWT_CLAIM'].map(name => [{ [name]: 'x' }, new RegExp(`^${name} needs JWT_SECRET or JWT_JWKS_URL\\.$`)] as [Record<string, string>, RegExp]),
+    ...['MAX_ANON_PER_USER', 'MAX_USERS_PER_ANON', 'MERGE_GUARD_WINDOW_MS'].map(name => [{ [name]: '0' }, new RegExp(`^${name} must be an integer from 1 to`)] as [Record<string, string>, RegExp]),
+    [{ MERGE_GUARD: 'off' }, /^MERGE_GUARD must be one of refuse, warn\.$/],
     [{ MIXPANEL_REGION: 'mars' }, /^MIXPANEL_REGION must be one of us, eu, in\.$/],
     ...['ftp://x', 'x', 'http://u:p@x', 'http://x?a=1', 'http://x?', 'http://x#y'].map(url => [{ MIXPANEL_URL: url }, /^MIXPANEL_URL must be/] as [Record<string, string>, RegExp]),
     [{ MIXPANEL_ENDPOINT: 'engage' }, /^MIXPANEL_ENDPOINT must be one of track, import\.$/],
@@ -78,7 +104,6 @@ t.test('each mistake is one sentence that shows no value', async t => {
     [{ MAX_BATCH: '0' }, /^MAX_BATCH must be an integer from 1 to 2000\.$/],
     [{ DEADLINE_MS: '0' }, /^DEADLINE_MS must be an integer from 1/],
     [{ HOST: 'a b' }, /^HOST must be/],
-    [{ JWT_ISSUER: 'x' }, /^JWT_ISSUER is not supported/],
     [{ HOST: '0.0.0.0' }, /^HOST is not a loopback address.*ALLOW_ANONYMOUS=true/],
     [{ HOST: '::' }, /^HOST is not a loopback address/],
     [{ ALLOW_ANONYMOUS: 'yes' }, /^ALLOW_ANONYMOUS must be true or false\.$/],
@@ -88,13 +113,13 @@ t.test('each mistake is one sentence that shows no value', async t => {
     ...['memory', 'file:', 'File:/x', 'redis://x'].map(outbox => [{ OUTBOX: outbox }, /^OUTBOX must be off, redis or file:<directory>\.$/] as [Record<string, string>, RegExp]),
     [{ OUTBOX: 'redis' }, /^OUTBOX=redis needs REDIS_URL\.$/],
     ...['localhost:6379', 'http://x', 'redis://', 'redis://x:99999', 'redis://x y', 'redis://:%ff@x', 'redis://:%@x'].map(url => [{ REDIS_URL: url }, /^REDIS_URL must be a redis:\/\/ or rediss:\/\/ URL\.$/] as [Record<string, string>, RegExp]),
-    ...['API_KEYS', 'API_KEYS_FILE', 'JWT_SECRET', 'JWT_JWKS_URL', 'METRICS_PORT'].map(name => [{ [name]: 'x' }, new RegExp(`^${name} is not supported by this version`)] as [Record<string, string>, RegExp])
+    [{ METRICS_PORT: 'x' }, /^METRICS_PORT is not supported by this version/]
   ]
   for (const [env, sentence] of rows) {
     const found = mistakes({ ...good, ...env }, { '/run/token': 'CANARY-SECRET', '/run/empty': '\n', '/run/quoted': '"CANARY-SECRET"\n' })
     t.equal(found.length, 1, JSON.stringify(env))
     t.match(found[0], sentence, JSON.stringify(env))
-    t.notMatch(found.join(), /CANARY|two words|u:p/)
+    t.notMatch(found.join(), /CANARY|canary|two words|u:p/)
   }
   t.same(mistakes({ PORT: 'x', MAX_BATCH: '0', HOST: '0.0.0.0' }).map(sentence => sentence.split(' ')[0]), ['MIXPANEL_TOKEN', 'MAX_BATCH', 'PORT', 'HOST'])
 })
@@ -113,6 +138,6 @@ t.test('docs/configuration.md and .env.example name every variable and its defau
   }
   for (const name of SECRETS) t.match(page, `\`${name}\` ⚿`)
   const usual = rows(readFileSync('README.md', 'utf8'))
-  t.equal(usual.length, 6)
+  t.equal(usual.length, 7)
   for (const [name, value] of usual) t.equal(value, Object.fromEntries(documented)[name!], `${name} in README.md`)
 })

@@ -25,7 +25,7 @@ type SandboxOptions = NonNullable<Parameters<typeof createSandbox>[0]>
 
 /** No log line, answer or error of any test may hold it, in any of the forms in which it travels. */
 export const TOKEN = 'CANARY+4f1d/9c'
-const CANARIES = [TOKEN, encodeURIComponent(TOKEN), Buffer.from(`${TOKEN}:`).toString('base64'), 'CANARY-SECRET']
+const CANARIES = [TOKEN, encodeURIComponent(TOKEN), Buffer.from(`${TOKEN}:`).toString('base64'), 'CANARY-SECRET', 'CANARY-KEY', 'CANARY-JWT']
 
 /** The forms of the canary that `text` holds; one is a leak. */
 export const leaks = (text: string) => CANARIES.filter(canary => text.includes(canary))

@@ -7,13 +7,13 @@ t.test('a POST from an origin that is not in CORS_ORIGINS gets 403 and is not se
     const answer = await post(identity(), { headers: { origin } })
     t.match(answer, { statusCode: 200, headers: { 'access-control-allow-origin': origin, vary: 'Origin' } })
     t.match(answer.headers['access-control-expose-headers'], /x-request-id/)
-    t.notOk('access-control-allow-credentials' in answer.headers)
+    t.equal(answer.headers['access-control-allow-credentials'], 'true', 'a JSON beacon arrives only with it')
     const broken = await post({}, { headers: { origin } })
     t.match(broken, { statusCode: 400, headers: { 'access-control-allow-origin': origin } }, 'a listed page can read the error')
     const preflight = await inject({
       method: 'OPTIONS', url: '/identify', headers: { origin, 'access-control-request-method': 'POST' }
     })
-    t.match(preflight, { statusCode: 204, headers: { 'access-control-allow-origin': origin, 'access-control-max-age': '600' } })
+    t.match(preflight, { statusCode: 204, headers: { 'access-control-allow-origin': origin, 'access-control-max-age': '7200', 'access-control-allow-credentials': 'true' } })
     t.match(preflight.headers['access-control-allow-headers'], /content-type/)
   }
   t.equal(sandbox.requests.length, 2)
@@ -24,6 +24,7 @@ t.test('a POST from an origin that is not in CORS_ORIGINS gets 403 and is not se
       const answer = await post(JSON.stringify(identity()), { headers: { origin, 'content-type': type } })
       t.match(answer.json(), { status: 403, code: 'forbidden', retryable: false }, origin)
       t.notOk('access-control-allow-origin' in answer.headers)
+      t.notOk('access-control-allow-credentials' in answer.headers)
     }
     const preflight = await inject({
       method: 'OPTIONS', url: '/identify', headers: { origin, 'access-control-request-method': 'POST' }

@@ -30,6 +30,20 @@ t.test('the limit counts by address, is told in headers, and is not escaped by f
   t.equal(sandbox.requests.length, 8, 'refused requests are not sent')
 })
 
+t.test('a flood of addresses frees no caller that is at its limit, and memory is bounded', async t => {
+  const store = createRateLimitStore({ max: 2, windowMs: 60_000, log: silent })
+  const count = (key: string) => store.countNow(key)
+  t.same([count('blocked'), count('blocked'), count('blocked')], [true, true, false])
+  t.ok(count('half'))
+  for (let address = 0; address < 100_000; address++) count(`address-${address}`)
+  t.notOk(count('blocked'), 'the blocked caller stays blocked')
+  t.same([count('half'), count('half'), count('half')], [true, true, false], 'a caller below its limit is forgotten in its favour')
+  const before = process.memoryUsage().heapUsed
+  for (let address = 0; address < 300_000; address++) count(`flood-${address}`)
+  const mb = (process.memoryUsage().heapUsed - before) / 1e6
+  t.ok(mb < 60, `300,000 more addresses take less than 60 MB, and took ${mb.toFixed()}`)
+})
+
 t.test('X-Forwarded-For is believed from TRUST_PROXY alone', async t => {
   const behind = await startRelay(t, { env: { RATE_LIMIT_MAX: '1', TRUST_PROXY: '10.0.0.0/8, 192.0.2.9' } })
   const via = async (remoteAddress: string, client: string) => (await behind.inject({
@@ -94,11 +108,19 @@ t.test('the table of callers is bounded in count and in the length of a key', as
   const store = createRateLimitStore({ max: 2, windowMs: 60_000, log: silent })
   t.equal(store.child({} as never), store, 'all routes share one store')
   await store.add('first', 2)
-  t.match(await store.add('first', 1), { current: 3 })
   for (let caller = 0; caller < 99_999; caller++) await store.add(`caller ${caller}`, 1)
-  t.match(await store.add('first', 1), { current: 3 }, 'a hundred thousand callers are remembered')
+  t.match(await store.add('first', 0), { current: 2 }, 'a hundred thousand callers are remembered')
   await store.add('one more', 1)
   t.match(await store.add('first', 1), { current: 1 })
+  for (let caller = 0; caller < 100_000; caller++) await store.add(`blocked ${caller}`, 3)
+  t.match(await store.add('blocked 0', 1), { current: 1 }, 'a refused amount is not counted')
+  for (let caller = 0; caller < 100_000; caller++) await store.charge(`blocked ${caller}`, 3)
+  t.match(await store.add('blocked 1', 1), { current: 4 }, 'a hundred thousand more are remembered at their limit')
+  for (const caller of [...Array(100_001).keys()].map(caller => `other ${caller}`)) {
+    await store.charge(caller, 2)
+    await store.add(caller, 1)
+  }
+  t.match(await store.add('blocked 1', 1), { current: 1 })
   const keys: [ip: string, key: string][] = [
     ['192.0.2.1', '192.0.2.1'], ['192.0.2.1:4000', '192.0.2.1'], ['::ffff:192.0.2.1', '192.0.2.1'], ['[2001:db8::1]:443', '2001:db8::'],
     ['2001:db8::1', '2001:db8::'], ['FE80::1%eth0', 'fe80::'], ['fe80::1%/../x', 'fe80::1%/../x'], ['unknown', 'unknown'], ['', ''], ['x'.repeat(16_000), 'x'.repeat(64)]

@@ -115,7 +115,7 @@ t.test('SHUTDOWN_TIMEOUT_MS ends a shutdown with a hanging request; a second sig
 })
 
 t.test('a silent connection does not delay the exit', async t => {
-  const { child, exit, output, port } = await startServer(t, 'http://gateway.invalid', { HOST: '0.0.0.0', ALLOW_ANONYMOUS: 'true' }, { isCovered: true })
+  const { child, exit, output, port } = await startServer(t, 'http://gateway.invalid', { HOST: '0.0.0.0', ALLOW_ANONYMOUS: 'true', ALLOW_HTTP_UPSTREAM: 'true' }, { isCovered: true })
   t.match(output(), /"risk":"any caller that reaches this address may merge identities","msg":"no caller credentials"/)
   t.match(output(), /"risk":"the token travels in the clear","msg":"MIXPANEL_URL without https"/)
   const silent = ['', 'POST /identify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{']

@@ -2,7 +2,10 @@ import type { FastifyRateLimitStore } from '@fastify/rate-limit'
 import { throttledError, type Log } from '../../log.ts'
 import { withTimeout, FOREGROUND_TIMEOUT_MS, type Redis } from '../../redis.ts'
 
-/** The most callers in memory. Beyond that, the caller with the oldest window is forgotten. */
+/**
+ * The most callers in memory below their limit, and as many at it. Beyond that the one with the oldest window is
+ * forgotten. A flood of new addresses therefore frees no caller that is at its limit.
+ */
 const MAX_CALLERS = 100_000
 
 /** The shortest time between two log lines about Redis. */
@@ -79,20 +82,27 @@ export function createRateLimitStore ({ max, windowMs, redis, log }: Options): R
 
 /** Returns a counter in this process, on a monotonic clock. */
 function createCounter (windowMs: number): (key: string, amount: number, limit: number) => Usage {
-  /** In the order in which the windows began. */
-  const windows = new Map<string, { used: number, since: number }>()
+  interface Window { used: number, since: number }
+  const below = new Map<string, Window>()
+  const exhausted = new Map<string, Window>()
+
+  function move (key: string, window: Window, from: Map<string, Window>, to: Map<string, Window>): void {
+    from.delete(key)
+    if (to.size >= MAX_CALLERS) to.delete(to.keys().next().value as string)
+    to.set(key, window)
+  }
 
   return (key, amount, limit) => {
     const now = performance.now()
-    let window = windows.get(key)
+    let window = below.get(key) ?? exhausted.get(key)
     if (window === undefined || now - window.since >= windowMs) {
-      windows.delete(key)
-      if (windows.size >= MAX_CALLERS) windows.delete(windows.keys().next().value as string)
+      below.delete(key)
       window = { used: 0, since: now }
-      windows.set(key, window)
+      move(key, window, exhausted, below)
     }
     const current = window.used + amount
     if (current <= limit) window.used = current
+    else if (below.has(key)) move(key, window, below, exhausted)
     return { current, ttl: window.since + windowMs - now }
   }
 }
