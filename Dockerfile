@@ -10,7 +10,7 @@ COPY src src
 RUN npm run build
 
 FROM node:24-bookworm-slim
-# On loopback nobody outside the container could reach it; any other HOST needs ALLOW_ANONYMOUS=true.
+# On loopback nobody outside the container could reach it; any other HOST needs API_KEYS, JWT_* or ALLOW_ANONYMOUS=true.
 ENV NODE_ENV=production HOST=0.0.0.0 PORT=8080
 WORKDIR /app
 COPY --from=dependencies /app/node_modules node_modules
