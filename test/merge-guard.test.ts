@@ -52,6 +52,14 @@ t.test('what Mixpanel refused is given back, what it may have is not', async t =
   t.equal(await code(guard, event('b')), 'accepted')
 })
 
+t.test('each bound holds alone', async t => {
+  const anon = randomUUID()
+  const users = guardOf({ MAX_USERS_PER_ANON: 1 })
+  t.same([await code(users, event('a', anon)), await code(users, event('b', anon)), await code(users, event('a'))], ['accepted', 'suspicious_identity', 'accepted'])
+  const anons = guardOf({ MAX_ANON_PER_USER: 1 })
+  t.same([await code(anons, event('a', anon)), await code(anons, event('b', anon)), await code(anons, event('a'))], ['accepted', 'accepted', 'suspicious_identity'])
+})
+
 t.test('a pair that is in flight twice stays if one of the two was taken', async t => {
   const guard = guardOf({ MAX_ANON_PER_USER: 1 })
   const pair = event('a')

@@ -201,4 +201,5 @@ t.test('a running relay takes the new password of Redis from its file', needsRed
   await server.until(/REDIS_URL needs a restart/)
   t.notMatch(server.output(), /first@|second@/)
   t.equal((await server.post()).status, 200)
+  t.equal(await server.kill('SIGTERM'), 0)
 })

@@ -28,8 +28,8 @@ export type MergeGuard = ReturnType<typeof createMergeGuard>
  * as digests with a random key. Returns undefined if no bound is set.
  */
 export function createMergeGuard (config: Settings, log: Log, maxPairs = MAX_PAIRS) {
-  const { MAX_ANON_PER_USER: maxAnons, MAX_USERS_PER_ANON: maxUsers, MERGE_GUARD_WINDOW_MS: windowMs } = config
-  if (maxAnons === undefined && maxUsers === undefined) return undefined
+  const { MAX_ANON_PER_USER: maxAnons = Infinity, MAX_USERS_PER_ANON: maxUsers = Infinity } = config
+  if (maxAnons === Infinity && maxUsers === Infinity) return undefined
   const key = randomBytes(32)
   /** The one that has not been used for longest first. */
   const pairs = new Map<string, Pair>()
@@ -37,8 +37,9 @@ export function createMergeGuard (config: Settings, log: Log, maxPairs = MAX_PAI
   const counts = new Map<string, number>()
   const digest = (kind: string, id: string) =>
     createHmac('sha256', key).update(`${kind}:${id}`).digest('base64').slice(0, 16)
+  const countOf = (id: string) => counts.get(id) ?? 0
   const add = (id: string, difference: number) => {
-    const count = (counts.get(id) ?? 0) + difference
+    const count = countOf(id) + difference
     if (count === 0) counts.delete(id)
     else counts.set(id, count)
   }
@@ -51,15 +52,15 @@ export function createMergeGuard (config: Settings, log: Log, maxPairs = MAX_PAI
 
   function forgetOld (now: number): void {
     for (const [name, pair] of pairs) {
-      if (pairs.size < maxPairs && pair.usedAt > now - windowMs) return
+      if (pairs.size < maxPairs && pair.usedAt > now - config.MERGE_GUARD_WINDOW_MS) return
       remove(name, pair)
     }
   }
 
   /** Returns the variable whose bound a new pair would exceed. */
   function exceeded (user: string, anon: string): string | undefined {
-    if ((counts.get(user) ?? 0) >= (maxAnons ?? Infinity)) return 'MAX_ANON_PER_USER'
-    return (counts.get(anon) ?? 0) >= (maxUsers ?? Infinity) ? 'MAX_USERS_PER_ANON' : undefined
+    if (countOf(user) >= maxAnons) return 'MAX_ANON_PER_USER'
+    return countOf(anon) >= maxUsers ? 'MAX_USERS_PER_ANON' : undefined
   }
 
   /** Returns the pair of an event, which counts from now on, or the verdict on one that is suspicious. */

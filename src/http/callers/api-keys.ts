@@ -3,7 +3,7 @@ import { splitApiKey } from '../../environment.ts'
 import { shortDigest, type Caller } from './caller.ts'
 
 /** Returns a function that finds the caller of an API key. `entries` are those of API_KEYS; only digests are kept. */
-export function createApiKeys (entries: string[]): (key: string) => Caller | undefined {
+export function createApiKeys (entries: string[] = []): (key: string) => Caller | undefined {
   const services = entries.map(splitApiKey).map(({ name, key }): { digest: Buffer, caller: Caller } => ({
     digest: digestOf(key),
     caller: { kind: 'key', label: `key:${name ?? shortDigest(key).slice(0, 8)}`, limitKey: `key:${shortDigest(key)}` }

@@ -30,8 +30,8 @@ interface Options { config: Config, tokens: UserTokens | undefined }
 export const callers = fp<Options>(async (app, { config, tokens }) => {
   app.decorateRequest('caller')
   app.decorateRequest('wrongCredentials')
-  let findService = createApiKeys(config.API_KEYS ?? [])
-  app.decorate('useApiKeys', changed => { findService = createApiKeys(changed.API_KEYS ?? []) })
+  let findService = createApiKeys(config.API_KEYS)
+  app.decorate('useApiKeys', changed => { findService = createApiKeys(changed.API_KEYS) })
   const isChecked = hasCredentials(config)
 
   app.addHook('onRequest', (request, reply, done) => {
