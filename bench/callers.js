@@ -4,13 +4,16 @@ import { connect } from 'node:net'
 
 /**
  * Opens them and resolves with { sockets, send }. Every `send(socket)` posts the next of `distinct` identities;
- * `onAnswer(socket, status)` gets every answer, `onError` a connection that fails or closes.
+ * `onAnswer(socket, status)` gets every answer, `onError` a connection that fails or closes. `credentialOf(user)`
+ * returns what a request carries as Bearer.
  */
-export async function openCallers ({ port, connections, distinct = 20_000, onAnswer, onError }) {
+export async function openCallers ({ port, connections, distinct = 20_000, credentialOf, onAnswer, onError }) {
   const requests = Array.from({ length: distinct }, (_, index) => {
-    const body = JSON.stringify({ identified_id: `user-${index}@example.com`, anon_id: randomUUID() })
+    const user = `user-${index}@example.com`
+    const body = JSON.stringify({ identified_id: user, anon_id: randomUUID() })
+    const credential = credentialOf === undefined ? '' : `authorization: Bearer ${credentialOf(user)}\r\n`
     return Buffer.from('POST /identify HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n' +
-      `content-length: ${body.length}\r\n\r\n${body}`)
+      `${credential}content-length: ${body.length}\r\n\r\n${body}`)
   })
   let sent = 0
 

@@ -1,5 +1,5 @@
 // The relay of this checkout against that of another one, which is built: npm run bench -- --compare <checkout>
-//   [--pairs 12] [--slots 24] [--slot 250] [--callers 64] [--quick]
+//   [--pairs 12] [--slots 24] [--slot 250] [--callers 64] [--quick] [--auth key|token|new-token]
 // Both relays run at the same time on core 0; the upstream and the callers have core 1. The load goes round the two in
 // short slots, A B B A A B B A …, so a machine that changes its speed changes it for both. Two processes of one build
 // differ by some per cent for life, so every pair is two fresh ones, and the pair is the sample.
@@ -9,6 +9,7 @@ import { join, resolve } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { parseArgs } from 'node:util'
 import { openCallers } from './callers.js'
+import { CREDENTIALS } from './credentials.js'
 import { tableOf } from './table.js'
 
 const UPSTREAM = 18081
@@ -23,7 +24,8 @@ const OPTIONS = {
   slots: number(24),
   slot: number(250),
   callers: number(64),
-  quick: { type: 'boolean', default: false }
+  quick: { type: 'boolean', default: false },
+  auth: { type: 'string', default: 'none' }
 }
 
 // Only what every checkout knows.
@@ -79,9 +81,9 @@ function usage (pid) {
 }
 
 /** The callers of one relay. `slot(ms)` loads it for so long and resolves with what it answered and used. */
-async function callersOf ({ pid }, port, connections) {
+async function callersOf ({ pid }, port, connections, { credentialOf, distinct }) {
   let isOver, answered, underWay, end, fail, broken
-  const { sockets, send } = await openCallers({ port, connections, onAnswer, onError })
+  const { sockets, send } = await openCallers({ port, connections, credentialOf, distinct, onAnswer, onError })
 
   function onError (error) {
     broken = new Error(`the relay on port ${port}: ${error.message}`)
@@ -127,19 +129,20 @@ const each = ({ cpu, answered }) => cpu / answered
 const together = list => each({ cpu: total(list, 'cpu'), answered: total(list, 'answered') })
 
 /** Two fresh relays: the slots of each, and the ratio of this checkout to the other one. */
-async function measurePair (scripts, order, isPinned, { slots, slot, callers }) {
+async function measurePair (scripts, order, isPinned, { slots, slot, callers, auth }) {
+  const credentials = { mine: CREDENTIALS[auth], other: CREDENTIALS.none }
   const relays = {}
   const loads = {}
   try {
     for (const name of order) {
-      relays[name] = start(isPinned ? 0 : undefined, scripts[name], { PORT: String(PORTS[name]) })
+      relays[name] = start(isPinned ? 0 : undefined, scripts[name], { PORT: String(PORTS[name]), ...credentials[name].env })
       await isUp(relays[name], `http://127.0.0.1:${PORTS[name]}/identify`, {
         method: 'POST',
-        headers: { 'content-type': 'application/json' },
+        headers: { 'content-type': 'application/json', authorization: `Bearer ${credentials[name].credentialOf?.('first')}` },
         body: JSON.stringify({ identified_id: 'first', anon_id: '5f0c8a1e-6a0b-4d53-9d3c-0a1f6f2b7c11' })
       })
     }
-    for (const name of order) loads[name] = await callersOf(relays[name], PORTS[name], callers)
+    for (const name of order) loads[name] = await callersOf(relays[name], PORTS[name], callers, credentials[name])
     const taken = { mine: [], other: [] }
     // The first turns only warm them up.
     for (let turn = -Math.ceil(WARM_MS / slot); turn < slots; turn++) {
@@ -180,7 +183,12 @@ function report (pairs) {
 /** Resolves with the exit code. */
 export async function compare (args) {
   const { values } = parseArgs({ args, options: OPTIONS })
-  const plan = Object.fromEntries(['slots', 'slot', 'callers'].map(name => [name, Number(values[name])]))
+  const { auth } = values
+  const plan = { auth, ...Object.fromEntries(['slots', 'slot', 'callers'].map(name => [name, Number(values[name])])) }
+  if (!(auth in CREDENTIALS)) {
+    console.error(`--auth must be one of ${Object.keys(CREDENTIALS).join(', ')}`)
+    return 1
+  }
   const count = Math.max(2, Number(values.pairs ?? (values.quick ? 4 : 12)))
   const checkout = resolve(process.env.INIT_CWD ?? '.', values.compare)
   const scripts = { mine: join(here, '../dist/server.js'), other: join(checkout, 'dist/server.js') }
