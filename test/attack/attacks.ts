@@ -148,13 +148,20 @@ async function ordinary ({ port, tally, isOver }: Attacker) {
   await Promise.all(times(10, client))
 }
 
-/** Each request comes from another address. */
-const addresses = ({ loop, dial, ask }: Attacker) => loop(50, async () => {
+/** Each connection comes from another address. */
+const addresses = (bytes: () => string, answers = 1) => ({ loop, dial, ask }: Attacker) => loop(50, async () => {
   const n = made++ % 60_000
   const socket = dial({ from: `127.10.${n >> 8}.${n & 255}` })
-  await ask(socket, get('/nope'))
+  await ask(socket, bytes(), answers)
   socket.destroy()
 })
+
+/** Anonymous callers are allowed, because the good caller is one. */
+const credentials = { API_KEYS: 'service:0123456789abcdef', JWT_SECRET: 'x'.repeat(32), ALLOW_ANONYMOUS: 'true' }
+const part = (value: object) => Buffer.from(JSON.stringify(value)).toString('base64url')
+/** A token with a wrong signature, which must be computed to tell. */
+const forged = () => `${part({ alg: 'HS256' })}.${part({ sub: `user-${++made}`, exp: 9_999_999_999 })}.${'A'.repeat(43)}`
+const bearing = (credential: () => string) => () => times(10, () => single('', `authorization: Bearer ${credential()}\r\n`)).join('')
 
 const silent = ({ loop, dial, closed }: Attacker) => loop(1100, () => closed(dial()), 100)
 
@@ -216,9 +223,12 @@ export const ATTACKS: Attack[] = [
   { name: '12a refusals: 404, 405, 403, 415', run: asking(16, [always(refusals)], 6) },
   { name: '12b refusals: 413 of 5 MB and of streamed 500 KB', run: asking(16, tooLarge.map(always)) },
   { name: '12c ordinary clients with too large bodies', bound: 'all are answered', never: ['reset 5 MB', 'reset streamed'], run: ordinary },
-  { name: '13 a request from each of many addresses', run: addresses },
+  { name: '13 a request from each of many addresses', run: addresses(always(get('/nope'))) },
   // Beyond the issue's list.
   { name: '14a heads: 3,000 of 3,000 tiny headers, one byte short', crowds: true, run: holding(3000, always(oneShort(get('/livez', tinyHeaders))), 1000) },
   { name: '14b heads: 100 connections × 4 of 3,000 tiny headers', crowds: true, run: asking(100, [always(get('/nope', tinyHeaders).repeat(4))], 4) },
-  { name: '14c order: batches of 2,000 on one anon_id', run: asking(16, [() => batchOf(times(2000, () => identity('', ONE_ANON_ID)))]) }
+  { name: '14c order: batches of 2,000 on one anon_id', run: asking(16, [() => batchOf(times(2000, () => identity('', ONE_ANON_ID)))]) },
+  { name: '15a credentials: wrong keys from many addresses', env: credentials, run: addresses(bearing(() => `wrong-${++made}-0123456789`), 10) },
+  { name: '15b credentials: forged tokens from many addresses', env: credentials, run: addresses(bearing(forged), 10) },
+  { name: '15c credentials: forged tokens of 8 KB', env: credentials, run: asking(16, [bearing(() => `${forged().slice(0, -43)}${'A'.repeat(8000)}`)], 10) }
 ]
