@@ -289,7 +289,7 @@ t.test('a server of keys that is down, slow or wrong leaves the known keys in us
   const changes: true[] = []
   const jwks = await createJwks(idp.url, { log: { ...silent, info: write, error: write }, onChange: () => { changes.push(true) }, refreshMs: 20, cooldownMs: 20 })
   t.teardown(jwks.close)
-  const find = (kid: string) => jwks.getKey({ alg: 'ES256', kid }, { payload: '', signature: '' }).then(() => 'found', () => 'unknown')
+  const find = (kid: string): Promise<string> => jwks.getKey({ alg: 'ES256', kid }, { payload: '', signature: '' }).then(() => 'found', () => 'unknown')
   const answers: [cause: RegExp, answer: RequestListener][] = [
     [/status 503/, (_, response) => { response.writeHead(503).end() }],
     [/redirect/, (_, response) => { response.writeHead(302, { location: '/elsewhere' }).end() }],
@@ -322,6 +322,22 @@ t.test('a server of keys that is down, slow or wrong leaves the known keys in us
   const asked = idp.count()
   await sleep(100)
   t.equal(idp.count(), asked, 'after close nothing is asked')
+})
+
+t.test('tokens of unknown keys hold up no other while the server of keys hangs', async t => {
+  const [known, unknown] = [await keyPair('1'), await keyPair('2')]
+  const idp = await startIdp(t, [known.jwk])
+  const { post } = await startRelay(t, { env: { JWT_JWKS_URL: idp.url } })
+  const status = async (token: string) => (await post(identity({ identified_id: 'user-1' }), { headers: bearer(token) })).statusCode
+  idp.answer(() => {})
+  let isOver = false
+  const tokens = await Promise.all(Array.from({ length: 30 }, (_, index) => unknown.token('user-1', { jti: String(index) })))
+  const waiting = Promise.all(tokens.map(status)).finally(() => { isOver = true })
+  while (idp.count() < 2) await sleep(5)
+  t.equal(await status(await known.token()), 200)
+  t.notOk(isOver, 'the others still wait')
+  t.same(new Set(await waiting), new Set([401]), 'they wait no longer than the server has time to answer')
+  t.equal(idp.count(), 2)
 })
 
 t.test('without its keys the relay does not start', async t => {

@@ -1,4 +1,5 @@
 import { setTimeout as sleep } from 'node:timers/promises'
+import { createSemaphore } from '../concurrency/semaphore.ts'
 import type { Config } from '../config.ts'
 import type { PendingEvent } from '../identity/event.ts'
 import type { Log } from '../log.ts'
@@ -35,23 +36,13 @@ export type Delivery = ReturnType<typeof createDelivery>
 /** Sends batches to Mixpanel, retries a failed request once, and finds the failing events of a refused batch. */
 export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
   const breaker = createBreaker()
-  const waiting: (() => void)[] = []
-  let sends = 0
+  const sends = createSemaphore(MAX_SENDS)
   let retries = 0
   let lastAnswer: { code: Answer['code'], at: number } | undefined
 
   /** Sends when a slot is free. The parts of a split batch share the slots, and their timeouts start with the send. */
-  async function sendInSlot (items: OutgoingEvent[], isVerbose: boolean): Promise<SendResult> {
-    if (sends >= MAX_SENDS) await new Promise<void>(resolve => waiting.push(resolve))
-    else sends++
-    try {
-      return await sendWithRetry(items, isVerbose)
-    } finally {
-      const next = waiting.shift()
-      if (next === undefined) sends--
-      else next()
-    }
-  }
+  const sendInSlot = (items: OutgoingEvent[], isVerbose: boolean): Promise<SendResult> =>
+    sends.run(() => sendWithRetry(items, isVerbose))
 
   async function sendWithRetry (items: OutgoingEvent[], isVerbose: boolean): Promise<SendResult> {
     const [{ isStrict }] = items as [OutgoingEvent]
@@ -97,7 +88,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
   }
 
   const endpointOf = ([first]: OutgoingEvent[]) => first?.endpoint ?? config.MIXPANEL_ENDPOINT
-  const mayRetry = () => !breaker.isOpen() && retries < Math.max(RETRY_MINIMUM, sends * RETRY_SHARE)
+  const mayRetry = () => !breaker.isOpen() && retries < Math.max(RETRY_MINIMUM, sends.running() * RETRY_SHARE)
 
   const bisect = createBisect<OutgoingEvent>({ send: sendInSlot, isTerse: items => endpointOf(items) === 'track' })
 

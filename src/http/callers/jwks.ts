@@ -1,4 +1,4 @@
-import { createLocalJWKSet, errors, type JSONWebKeySet, type JWTVerifyGetKey } from 'jose'
+import { createLocalJWKSet, type JSONWebKeySet, type JWTVerifyGetKey } from 'jose'
 import { isDeepStrictEqual } from 'node:util'
 import type { Log } from '../../log.ts'
 
@@ -62,19 +62,20 @@ export async function createJwks (url: string, options: Options) {
   }
 
   return {
-    /** Resolves with the key of a token, for jose; rejects with jose's JWKSNoMatchingKey if there is none. */
-    getKey: (async (header, token) => {
-      try {
-        return await keys(header, token)
-      } catch (error) {
-        if (!(error instanceof errors.JWKSNoMatchingKey)) throw error
-        const mayAsk = performance.now() - lastAsked >= cooldownMs
-        if (!mayAsk && fetching === undefined) throw error
-        if (mayAsk) lastAsked = performance.now()
-        await refresh()
-        return keys(header, token)
-      }
-    }) satisfies JWTVerifyGetKey,
+    /** Resolves with the known key of a token, for jose; rejects with jose's JWKSNoMatchingKey if there is none. */
+    getKey: ((header, token) => keys(header, token)) satisfies JWTVerifyGetKey,
+
+    /**
+     * Fetches the keys, for a token that names an unknown one. Resolves with false, at once, if that was tried less
+     * than a cooldown ago.
+     */
+    async lookForNew (): Promise<boolean> {
+      const mayAsk = performance.now() - lastAsked >= cooldownMs
+      if (!mayAsk && fetching === undefined) return false
+      if (mayAsk) lastAsked = performance.now()
+      await refresh()
+      return true
+    },
 
     /** Returns `stale` while the last request for the keys has failed. */
     state: () => isStale ? 'stale' : 'current',

@@ -1,5 +1,6 @@
 import { createSecretKey, hash } from 'node:crypto'
 import { errors, jwtVerify, type JWTPayload } from 'jose'
+import { createSemaphore } from '../../concurrency/semaphore.ts'
 import type { Config } from '../../config.ts'
 import { MAX_ID_BYTES } from '../../identity/ids.ts'
 import type { Log } from '../../log.ts'
@@ -11,6 +12,9 @@ const MAX_TOKEN_LENGTH = 8192
 
 /** The most verified tokens in memory, each some 500 bytes. Beyond it the oldest is verified again. */
 const MAX_CACHED = 10_000
+
+/** A verification takes a tenth of a millisecond. The results of many at once would block a turn of the event loop. */
+const MAX_VERIFYING = 8
 
 /** How far the clock of the issuer may be ahead, for `nbf`. `exp` has no such tolerance. */
 const CLOCK_TOLERANCE_S = 5
@@ -33,6 +37,7 @@ interface Verified { caller: Caller, expires: number }
 export async function createUserTokens (config: Config, log: Log) {
   const { JWT_JWKS_URL: url, JWT_ISSUER: issuer, JWT_AUDIENCE: audience, JWT_CLAIM: claim } = config
   const verified = new Map<string, Verified>()
+  const verifying = createSemaphore(MAX_VERIFYING)
   /** Rises with each change of the keys. */
   let generation = 0
   const jwks = url === undefined ? undefined : await createJwks(url, { log, onChange: forgetAll })
@@ -46,14 +51,19 @@ export async function createUserTokens (config: Config, log: Log) {
     ...audience !== undefined && { audience }
   }
 
+  const verifySignature = (token: string) => verifying.run(() => jwks === undefined
+    ? jwtVerify(token, key, options)
+    : jwtVerify(token, jwks.getKey, options))
+
   /** Resolves with the claims of a token whose signature and claims are valid. */
-  async function payloadOf (token: string): Promise<JWTPayload> {
+  async function payloadOf (token: string, mayLook = true): Promise<JWTPayload> {
     try {
-      const { payload } = jwks === undefined
-        ? await jwtVerify(token, key, options)
-        : await jwtVerify(token, jwks.getKey, options)
-      return payload
+      return (await verifySignature(token)).payload
     } catch (error) {
+      // No other token waits while the keys are fetched.
+      if (mayLook && error instanceof errors.JWKSNoMatchingKey && await jwks?.lookForNew()) {
+        return payloadOf(token, false)
+      }
       throw new TokenError(error instanceof errors.JOSEError ? error.code : 'unusable key')
     }
   }
