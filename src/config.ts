@@ -47,16 +47,25 @@ export function readConfig (env: Env, readFile: (path: string) => string): Confi
 }
 
 /** Names of a project in the outbox and in Redis, which must not contain the token: 12 hex digits each. */
-export interface Project {
-  /** Made of MIXPANEL_PROJECT_ID, or of the token when there is none. */
+export interface ProjectNames {
+  /** Made of the mode, and of MIXPANEL_PROJECT_ID, or of the token when there is none. */
   fingerprint: string
   /** With MIXPANEL_PROJECT_ID: the names that the project had without it, or in the first release. */
   earlier: string[]
 }
 
+/** `otherMode` has the names under which a relay with another MIXPANEL_ID_MERGE stores the project's events. */
+export interface Project extends ProjectNames { otherMode: ProjectNames }
+
 /** Returns the names of the project that a configuration relays to. */
-export function projectOf ({ MIXPANEL_TOKEN: token, MIXPANEL_PROJECT_ID: id }: Config): Project {
-  const digest = (text: string) => hash('sha256', `identify-relay:${text}`).slice(0, 12)
+export function projectOf (config: Config): Project {
+  const isOriginal = config.MIXPANEL_ID_MERGE === 'original'
+  const [original, simplified] = [namesOf(config, ''), namesOf(config, 'simplified:')]
+  return isOriginal ? { ...original, otherMode: simplified } : { ...simplified, otherMode: original }
+}
+
+function namesOf ({ MIXPANEL_TOKEN: token, MIXPANEL_PROJECT_ID: id }: Config, mode: string): ProjectNames {
+  const digest = (text: string) => hash('sha256', `identify-relay:${mode}${text}`).slice(0, 12)
   return id === undefined
     ? { fingerprint: digest(`${token}:`), earlier: [] }
     : { fingerprint: digest(`project:${id}`), earlier: [digest(`${token}:`), digest(`${token}:${id}`)] }
@@ -71,13 +80,16 @@ export const hasCredentials = (config: Config) => config.API_KEYS !== undefined 
 /** Returns true if any caller may do anything, because only processes on this machine can be callers. */
 export const isOpenLoopback = (config: Config) => !hasCredentials(config) && isLoopback(config.HOST)
 
-/** Returns true if MIXPANEL_URL would carry the token unencrypted to another machine. */
-export function isPlainUpstream ({ MIXPANEL_URL: url }: Config): boolean {
+const UPSTREAMS = ['MIXPANEL_URL', 'MIXPANEL_DATA_URL'] as const
+
+/** Returns the variables whose URL would carry a secret unencrypted to another machine. */
+export const plainUpstreams = (config: Config) => UPSTREAMS.filter(name => {
+  const url = config[name]
   // An invalid URL has an error of its own.
-  if (url === undefined || !Value.Check(Environment.properties.MIXPANEL_URL, url)) return false
+  if (url === undefined || !Value.Check(Environment.properties[name], url)) return false
   const { protocol, hostname } = new URL(url)
   return protocol === 'http:' && !isLoopback(hostname)
-}
+})
 
 /** Returns a sentence for each rule between variables that is broken. */
 function conflicts (config: Config, env: Env): string[] {
@@ -90,9 +102,9 @@ function conflicts (config: Config, env: Env): string[] {
       .map((name): [boolean, string] => [isSet(name), `${name} is not supported by this version: unset it.`]),
     [isSet('MIXPANEL_SERVICE_ACCOUNT') && !isSet('MIXPANEL_PROJECT_ID'),
       'MIXPANEL_SERVICE_ACCOUNT needs MIXPANEL_PROJECT_ID.'],
-    [isPlainUpstream(config) && config.ALLOW_HTTP_UPSTREAM !== true,
-      'MIXPANEL_URL must be https, because http would carry the token unencrypted to another machine: ' +
-      'set ALLOW_HTTP_UPSTREAM=true if that is intended.'],
+    ...plainUpstreams(config).map((name): [boolean, string] => [config.ALLOW_HTTP_UPSTREAM !== true,
+      `${name} must be https, because http would carry secrets unencrypted to another machine: ` +
+      'set ALLOW_HTTP_UPSTREAM=true if that is intended.']),
     [config.OUTBOX.startsWith('file:~'), 'OUTBOX must not begin with file:~, which only a shell expands.'],
     [config.OUTBOX === 'redis' && !isSet('REDIS_URL'), 'OUTBOX=redis needs REDIS_URL.'],
     [new Set(keys).size < keys.length, 'API_KEYS must not contain a key twice.'],

@@ -4,7 +4,7 @@ import { FormatRegistry, Type } from '@sinclair/typebox'
 FormatRegistry.Set('base-url', text => {
   if (!URL.canParse(text) || /[?#]/.test(text)) return false
   const url = new URL(text)
-  const isEndpoint = /\/(?:track|import|engage|groups)\/*$/.test(url.pathname)
+  const isEndpoint = /\/(?:track|import|engage|groups|export)\/*$/.test(url.pathname)
   return /^https?:$/.test(url.protocol) && url.username + url.password === '' && !isEndpoint
 })
 FormatRegistry.Set('redis-url', text => {
@@ -68,6 +68,16 @@ export const Environment = Type.Object({
   MIXPANEL_STRICT: oneOf(['0', '1'], '0'),
   MIXPANEL_SERVICE_ACCOUNT: Type.Optional(secret({ pattern: '^[^:\\s]+:\\S+$' }, 'must be of the form user:secret')),
   MIXPANEL_PROJECT_ID: Type.Optional(Type.String({ pattern: '^\\d+$', rule: 'must be a number' })),
+  MIXPANEL_DATA_URL: Type.Optional(Type.String({
+    format: 'base-url', rule: 'must be an http or https base URL, without a path of Mixpanel, user, query or fragment'
+  })),
+  MIXPANEL_ID_MERGE: oneOf(['original', 'simplified'], 'original'),
+  MERGE_EVENT: Type.String({
+    default: 'identity association',
+    pattern: '^(?!\\$|mp_)[^\\u0000-\\u001f\\u007f-\\u009f]{1,255}$',
+    rule: 'must be a name of 1 to 255 characters that does not begin with $ or mp_, which Mixpanel reserves'
+  }),
+  ANON_ID_FORMAT: oneOf(['uuid-v4', 'sdk'], 'uuid-v4'),
   MIXPANEL_TIMEOUT_MS: integer(1, 600_000, 5000),
   DEADLINE_MS: integer(1, 600_000, 10_000),
   MAX_BATCH: integer(1, 2000, 50),

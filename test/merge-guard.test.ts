@@ -101,7 +101,10 @@ t.test('memory is bounded: beyond it the oldest pair is forgotten, even one in f
   t.equal(await code(guard, event('user-9')), 'suspicious_identity')
   finish(REFUSED)
   t.equal((await oldest).code, 'refused_by_mixpanel')
-  t.equal(await code(guard, event('oldest')), 'accepted', 'the oldest was forgotten')
+  const kept = guardOf({ MAX_ANON_PER_USER: 1 }, silent, 10)
+  for (let user = 0; user < 11; user++) await code(kept, event(`user-${user}`))
+  t.equal(await code(kept, event('user-1')), 'suspicious_identity')
+  t.equal(await code(kept, event('user-0')), 'accepted', 'the oldest was forgotten')
 })
 
 t.test('MERGE_GUARD=warn logs and sends', async t => {

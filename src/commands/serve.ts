@@ -1,6 +1,6 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import closeWithGrace from 'close-with-grace'
-import { hasCredentials, hasUserTokens, isPlainUpstream, type Config } from '../config.ts'
+import { hasCredentials, hasUserTokens, plainUpstreams, type Config } from '../config.ts'
 import { isLoopback } from '../environment.ts'
 import type { createLog, Log } from '../log.ts'
 import { buildApp } from '../http/app.ts'
@@ -103,6 +103,11 @@ export async function serve (
     tokens?.close()
     redis?.disconnect()
   })
+  const mode = {
+    id_merge: config.MIXPANEL_ID_MERGE,
+    hint: 'the settings of the project in Mixpanel show its mode (Identity Merge)'
+  }
+  logger.info(mode, 'mode of the project')
   logger.info({ mixpanel, endpoint: config.MIXPANEL_ENDPOINT }, `Server listening at ${url}`)
   return { end: close, isWaitingForDisk: () => isClosingOutbox }
 }
@@ -123,7 +128,8 @@ function weaknesses (config: Config): [fields: object, message: string][] {
     [hasCredentials(config) && config.ALLOW_ANONYMOUS, open, 'callers without credentials allowed'],
     [hasUserTokens(config) && config.JWT_AUDIENCE === undefined,
       { risk: 'tokens that the issuer made for other services are valid' }, 'JWT_AUDIENCE not set'],
-    [isPlainUpstream(config), { risk: 'the token travels in the clear' }, 'MIXPANEL_URL without https'],
+    [plainUpstreams(config).includes('MIXPANEL_URL'),
+      { risk: 'the token travels in the clear' }, 'MIXPANEL_URL without https'],
     [config.OUTBOX !== 'off' && config.MIXPANEL_PROJECT_ID === undefined,
       { hint: 'before you change the token, set MIXPANEL_PROJECT_ID and restart' }, 'outbox bound to this token']
   ]

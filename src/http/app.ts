@@ -4,6 +4,7 @@ import { createSlices } from '../concurrency/slices.ts'
 import type { Config } from '../config.ts'
 import { isLoopback } from '../environment.ts'
 import { throttledError, type AccessLine } from '../log.ts'
+import { createIdentityRules } from '../identity/identity.ts'
 import type { Redis } from '../redis.ts'
 import type { Relay } from '../relay/relay.ts'
 import { createBodies } from './body.ts'
@@ -111,8 +112,9 @@ export async function buildApp (config: Config, dependencies: Dependencies) {
   await app.register(health, { parts })
   if (config.DOCS ?? isLoopback(config.HOST)) await app.register(docs, { document })
   const nextSlice = createSlices(SLICE_MS)
-  await app.register(identify, { relay, config, bodies, nextSlice })
-  await app.register(batch, { relay, config, bodies, nextSlice })
+  const rules = createIdentityRules(config)
+  await app.register(identify, { relay, config, rules, bodies, nextSlice })
+  await app.register(batch, { relay, config, rules, bodies, nextSlice })
   return app
 }
 

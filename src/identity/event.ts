@@ -1,17 +1,18 @@
 import { hash } from 'node:crypto'
+import type { Config } from '../config.ts'
 import { MAX_IDENTITY_BYTES, type Identity } from './identity.ts'
-import { deviceKey } from './ids.ts'
+import { deviceKey, withoutPrefix } from './ids.ts'
 
-/** An event as Mixpanel reads it, without the token. */
-export interface IdentifyEvent {
-  event: '$identify'
-  properties: Readonly<Record<string, unknown>> & {
-    $identified_id: string, $anon_id: string, $insert_id: string, time: number
-  }
+/** An event that merges two ids, as Mixpanel reads it, without the token. */
+export interface MergingEvent {
+  event: string
+  properties: Readonly<Record<string, unknown>> & { $insert_id: string, time: number } & (
+    { $identified_id: string, $anon_id: string } | { $user_id: string, $device_id: string }
+  )
 }
 
 /**
- * A `$identify` event that waits for Mixpanel. It is serialised once and frozen, so a repeat has the same bytes. It
+ * An event that waits for Mixpanel. It is serialised once and frozen, so a repeat has the same bytes. It
  * holds no token; the client adds it to each request.
  */
 export interface PendingEvent {
@@ -21,7 +22,8 @@ export interface PendingEvent {
   readonly bytes: number
   /** The user's id, as the caller gave it. */
   readonly userId: string
-  /** Equal for all spellings of an anonymous id: Mixpanel's SDKs add `$device:`, and a UUID has no case. */
+  /** Equal for all spellings of an anonymous id: Mixpanel's SDKs add `$device:`, and a UUID has no case. In projects
+   * with Simplified ID Merge case matters. */
   readonly anonKey: string
   readonly insertId: string
   /** Seconds since the epoch. */
@@ -31,13 +33,16 @@ export interface PendingEvent {
 /** An event of this many bytes is held in a buffer. */
 const LARGE_BYTES = 8192
 
-/**
- * Returns the event of an identity that is validated at `now` (ms since the epoch). `insertId` depends only on the ids
- * and the properties, so that Mixpanel recognizes a repeat (docs: at most 36 bytes of [A-Za-z0-9-]).
- */
+/** Returns a function that makes the event of an identity that is validated at `now` (ms since the epoch). */
+export function createToEvent (
+  { MIXPANEL_ID_MERGE: mode, MERGE_EVENT: name }: Pick<Config, 'MIXPANEL_ID_MERGE' | 'MERGE_EVENT'>
+): (identity: Identity, now: number) => PendingEvent {
+  return mode === 'original' ? identifyEvent : (identity, now) => ordinaryEvent(identity, now, name)
+}
+
+/** Returns the `$identify` event of an identity, which merges in projects with Original ID Merge. */
 export function identifyEvent (identity: Identity, now: number): PendingEvent {
   const { identified_id: identified, anon_id: anon, properties } = identity
-  const text = properties === undefined ? '{}' : JSON.stringify(properties)
   return pending({
     event: '$identify',
     properties: {
@@ -47,10 +52,38 @@ export function identifyEvent (identity: Identity, now: number): PendingEvent {
       $identified_id: identified,
       $anon_id: anon,
       time: Math.floor(now / 1000),
-      // No valid id contains a line feed, so no two identities have the same text.
-      $insert_id: hash('sha256', `${anon}\n${identified}${text === '{}' ? '' : `\n${text}`}`).slice(0, 32)
+      $insert_id: insertIdOf(identified, anon, properties)
     }
   })
+}
+
+/**
+ * Returns the event of an identity in projects with Simplified ID Merge, which ignore `$identify`: there any other
+ * event with both ids merges. Mixpanel stores a `$device_id` without its prefix, and never finds one that has two.
+ */
+function ordinaryEvent (identity: Identity, now: number, event: string): PendingEvent {
+  const { identified_id: identified, anon_id: anon, properties } = identity
+  const device = withoutPrefix(anon)
+  return pending({
+    event,
+    properties: {
+      ...properties,
+      distinct_id: identified,
+      $user_id: identified,
+      $device_id: device,
+      time: Math.floor(now / 1000),
+      $insert_id: insertIdOf(identified, device, properties)
+    }
+  })
+}
+
+/**
+ * Returns the `$insert_id` of an event, which depends only on the ids and the properties, so that Mixpanel recognizes a
+ * repeat (docs: at most 36 bytes of [A-Za-z0-9-]). No valid id contains a line feed, so each identity has its own text.
+ */
+function insertIdOf (identified: string, anon: string, properties: Identity['properties']): string {
+  const text = properties === undefined ? '{}' : JSON.stringify(properties)
+  return hash('sha256', `${anon}\n${identified}${text === '{}' ? '' : `\n${text}`}`).slice(0, 32)
 }
 
 /**
@@ -70,13 +103,15 @@ export function storedEvent (json: string): PendingEvent | undefined {
 }
 
 /** Returns the event as an object. */
-export function parseEvent ({ json }: Pick<PendingEvent, 'json'>): IdentifyEvent {
+export function parseEvent ({ json }: Pick<PendingEvent, 'json'>): MergingEvent {
   return JSON.parse(json)
 }
 
-function pending (event: IdentifyEvent, json = JSON.stringify(event)): PendingEvent {
-  const { $identified_id: userId, $anon_id: anon, $insert_id: insertId, time } = event.properties
-  const anonKey = deviceKey(anon)
+function pending ({ event, properties }: MergingEvent, json = JSON.stringify({ event, properties })): PendingEvent {
+  const { $insert_id: insertId, time } = properties
+  const [userId, anonKey] = '$device_id' in properties
+    ? [properties.$user_id, properties.$device_id] as [string, string]
+    : [properties.$identified_id, deviceKey(properties.$anon_id)] as [string, string]
   const bytes = Buffer.byteLength(json)
   if (bytes === json.length && bytes < LARGE_BYTES) {
     return Object.freeze({ json, bytes, userId, anonKey, insertId, time })

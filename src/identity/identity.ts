@@ -1,4 +1,6 @@
 import { Type, type Static } from '@sinclair/typebox'
+import type { Config } from '../config.ts'
+import { anonIdSchema, checkAnonId } from './anon-id.ts'
 import { INVISIBLE, isJunkId, isSameDevice, isTooLong, MAX_ID_BYTES } from './ids.ts'
 
 /** An invalid field of a request: `pointer` is a JSON Pointer into the body, `detail` states the rule. */
@@ -20,6 +22,8 @@ const MAX_PROPERTIES = 200
 /** The most bytes of an identity as JSON. */
 export const MAX_IDENTITY_BYTES = 65_536
 
+type Settings = Pick<Config, 'MIXPANEL_ID_MERGE' | 'ANON_ID_FORMAT'>
+
 /** Far more fields than an identity has. */
 const MAX_FIELDS = 100
 
@@ -37,11 +41,7 @@ const Properties = Type.Unsafe<Record<string, unknown>>({
     `no reserved names, depth at most ${MAX_DEPTH}.`
 })
 
-/**
- * The only schema of an identity, for both routes and for the OpenAPI document. The `description` of a pattern becomes
- * the error detail when the pattern does not match. `checkRules` has the rules that JSON Schema cannot express.
- */
-export const Identity = Type.Object({
+const identitySchema = (settings: Settings) => Type.Object({
   identified_id: Type.String({
     minLength: 1,
     maxLength: MAX_ID_BYTES,
@@ -57,22 +57,30 @@ export const Identity = Type.Object({
       '"null" or "anonymous", not equal to anon_id.',
     examples: ['user-42']
   }),
-  anon_id: Type.String({
-    allOf: [{
-      pattern: '^(?:\\$device:)?[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-4[0-9a-fA-F]{3}-[89abAB][0-9a-fA-F]{3}-[0-9a-fA-F]{12}$',
-      description: 'must be a UUID v4, with or without the $device: prefix'
-    }, {
-      pattern: '^(?!.*0{8}-0{4}-40{3}-[89abAB]0{3}-0{12}$)',
-      description: 'must not be a UUID of zeros'
-    }],
-    description: 'The id under which the user was tracked before: a UUID v4, passed on byte for byte.',
-    examples: ['$device:5f0c8a1e-6a0b-4d53-9d3c-0a1f6f2b7c11']
-  }),
+  anon_id: anonIdSchema(settings),
   distinct_id: Type.Optional(Type.String({ description: 'When given, equal to identified_id.' })),
   properties: Type.Optional(Properties)
 }, { additionalProperties: false, title: 'Identity', description: 'An anonymous id and the id of its user.' })
 
-export type Identity = Static<typeof Identity>
+export type Identity = Static<ReturnType<typeof identitySchema>>
+
+export type IdentityRules = ReturnType<typeof createIdentityRules>
+
+/** Returns the rules of an identity, which depend on the mode of the project and on the format of anonymous ids. */
+export function createIdentityRules (settings: Settings) {
+  return {
+    /**
+     * The only schema of an identity, for both routes and for the OpenAPI document. The `description` of a pattern
+     * becomes the error detail when the pattern does not match.
+     */
+    schema: identitySchema(settings),
+    /**
+     * Returns an error for each broken rule that JSON Schema cannot express: junk ids, equality between fields, depth
+     * and content of property values. Accepts any value, skips fields of the wrong type, and never throws.
+     */
+    check: (body: unknown) => checkRules(body, settings)
+  }
+}
 
 /**
  * Returns an error if a value has more than `maxFields` fields or 200 properties. The caller gets only that error:
@@ -89,11 +97,7 @@ export function checkSize (body: unknown, maxFields = MAX_FIELDS): FieldError[] 
   return [{ pointer: '/properties', detail: `must not have more than ${MAX_PROPERTIES} properties` }]
 }
 
-/**
- * Returns an error for each broken rule that JSON Schema cannot express: junk ids, equality between fields, depth and
- * content of property values. Accepts any value, skips fields of the wrong type, and never throws.
- */
-export function checkRules (body: unknown): FieldError[] {
+function checkRules (body: unknown, settings: Settings): FieldError[] {
   if (typeof body !== 'object' || body === null) return []
   const { identified_id: identified, anon_id: anon, distinct_id: distinct, properties }: Partial<Identity> = body
   const errors: FieldError[] = []
@@ -111,6 +115,9 @@ export function checkRules (body: unknown): FieldError[] {
     if (typeof distinct === 'string' && distinct !== identified) {
       errors.push({ pointer: '/distinct_id', detail: 'must be equal to identified_id' })
     }
+  }
+  if (typeof anon === 'string') {
+    for (const detail of checkAnonId(anon, settings)) errors.push({ pointer: '/anon_id', detail })
   }
   if (typeof properties !== 'object' || properties === null) return errors
   for (const [name, value] of Object.entries(properties)) {

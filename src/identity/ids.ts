@@ -24,6 +24,11 @@ export function isSameDevice (one: string, other: string): boolean {
   return deviceKey(one) === deviceKey(other)
 }
 
+/** Returns an anonymous id without the prefix that Mixpanel's SDKs add. */
+export function withoutPrefix (id: string): string {
+  return id.startsWith('$device:') ? id.slice('$device:'.length) : id
+}
+
 /** Returns an anonymous id without its prefix, in lower case. */
 export function deviceKey (id: string): string {
   return id.toLowerCase().replace('$device:', '')

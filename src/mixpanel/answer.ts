@@ -4,6 +4,7 @@ import type { Failure, Taken, Verdict } from '../identity/verdict.ts'
  * The answer to one request, which speaks of all its events.
  * - `taken` of `refused_by_mixpanel` holds for a lone event; an array may have been taken in part.
  * - `isTransient`: Mixpanel, or the path to it, failed. The request is retried, and the breaker counts it.
+ * - `isForAll`: a refusal that holds for each event, because the project has another mode.
  * - `records`: the reasons of refused events by index, if Mixpanel listed them. `imported`: how many events it took.
  */
 export interface Answer {
@@ -13,6 +14,7 @@ export interface Answer {
   cause?: string
   reason?: string
   retryAfter?: number
+  isForAll?: boolean
   records?: Map<number, string>
   imported?: unknown
 }
@@ -35,6 +37,10 @@ export function interpretStatus (status: number, retryAfter?: string | string[])
   return { code: 'mixpanel_misanswered', taken: 'unknown', cause }
 }
 
+/** Seen live from /import: one $identify refuses its whole array in projects with Simplified ID Merge. */
+const OTHER_MODE = /simplified identity management/i
+const OTHER_MODE_HINT = 'set MIXPANEL_ID_MERGE=simplified on the relay'
+
 /** The cause when Mixpanel's own answer reports a temporary failure. */
 export const TEMPORARY = 'temporary failure'
 
@@ -50,6 +56,9 @@ export function interpretBody (status: number, text: string, mask: Mask = reason
   // Seen live: a `0` for a temporary failure of Mixpanel. Only the reason tells it from a refusal.
   if (reason !== undefined && /temporary failure/i.test(reason)) {
     return { code: 'mixpanel_unreachable', taken: 'no', cause: TEMPORARY, isTransient: true }
+  }
+  if (reason !== undefined && OTHER_MODE.test(reason)) {
+    return { code: 'refused_by_mixpanel', taken: 'no', reason: `${reason}; ${OTHER_MODE_HINT}`, isForAll: true }
   }
   const hasError = list.length > 0 || (error !== undefined && error !== null && error !== '')
   const imported = fields.num_records_imported

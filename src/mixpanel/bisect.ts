@@ -21,7 +21,8 @@ export function createBisect<Item> ({ send, isTerse }: Options<Item>): (items: I
     const { answer, lost } = await send(items, isPart && items.length === 1)
     const known = stronger(lost, doubt)
     if (items.length === 1) return [await deliverAlone(items, imported(answer), isPart, known)]
-    const { code, records, imported: count } = answer
+    const { code, records, imported: count, isForAll = false } = answer
+    if (isForAll) return items.map(() => settle(answer, known))
     // The list is complete only if Mixpanel reports all other events as imported.
     if (code === 'refused_by_mixpanel' && records !== undefined) {
       const listed = items.filter((_, index) => records.has(index)).length

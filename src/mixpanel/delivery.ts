@@ -38,6 +38,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
   const breaker = createBreaker()
   const sends = createSemaphore(MAX_SENDS)
   let retries = 0
+  let isOtherMode = false
   let lastAnswer: { code: Answer['code'], at: number } | undefined
 
   /** Sends when a slot is free. The parts of a split batch share the slots, and their timeouts start with the send. */
@@ -65,6 +66,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
         breaker.record(true)
         throw error
       })
+      if (answer.isForAll) reportMode()
       if (answer.code === 'refused_by_mixpanel') log.debug({ reason: answer.reason }, 'request refused by Mixpanel')
       lastAnswer = { code: answer.code, at: Date.now() }
       return answer
@@ -85,6 +87,11 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     const second = await attempt().finally(() => { retries-- })
     if (!second.isTransient) breaker.record(true)
     return { answer: second, ...first.taken === 'unknown' && { lost: first } }
+  }
+
+  function reportMode (): void {
+    if (!isOtherMode) log.error({ hint: 'set MIXPANEL_ID_MERGE=simplified' }, 'project has Simplified ID Merge')
+    isOtherMode = true
   }
 
   const endpointOf = ([first]: OutgoingEvent[]) => first?.endpoint ?? config.MIXPANEL_ENDPOINT
@@ -117,6 +124,8 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
 
     /** Returns, for operators, whether requests are sent to Mixpanel, and its last verdict. */
     state: () => ({
+      id_merge: config.MIXPANEL_ID_MERGE,
+      ...isOtherMode && { id_merge_of_project: 'simplified' },
       mixpanel: breaker.isOpen() ? 'unavailable' : 'asked',
       last_verdict: lastAnswer === undefined ? null : { ...lastAnswer, at: new Date(lastAnswer.at).toISOString() }
     })

@@ -1,6 +1,6 @@
 import type { Project } from '../config.ts'
 import { openDirectory } from './directory.ts'
-import { MAX_NEXT_BYTES, type Counts, type Limits, type PutResult } from './outbox.ts'
+import { MAX_NEXT_BYTES, OTHER_MODE, type Counts, type Limits, type PutResult } from './outbox.ts'
 import { prepare, type DeadRow, type Totals, type WaitingRow } from './statements.ts'
 
 /** An event to store, and the bytes that the outbox may then hold. */
@@ -36,7 +36,8 @@ export function openDatabase (directory: string, project: Project, { maxEntries 
     const isOurs = owner === undefined || owner === project.fingerprint || project.earlier.includes(owner)
     if (!isOurs && waiting + dead > 0) {
       files.close()
-      throw new Error(OTHER_PROJECT)
+      const { fingerprint, earlier } = project.otherMode
+      throw new Error([fingerprint, ...earlier].includes(owner) ? OTHER_MODE : OTHER_PROJECT)
     }
     // Write only when the project is new: on a full disk a relay must still start, to empty the outbox.
     if (owner === project.fingerprint) return

@@ -72,6 +72,10 @@ export const MAX_ENTRIES = 1_000_000
 /** The most bytes of one `next`; the last entry may exceed it. */
 export const MAX_NEXT_BYTES = 1_000_000
 
+/** Why an outbox is refused whose events belong to the other mode: one mode sends one kind of event. */
+export const OTHER_MODE = 'it holds identities that were queued with another MIXPANEL_ID_MERGE. Set it back until ' +
+  'they are delivered or dropped'
+
 /** The reason of a dead letter whose stored text is no event. */
 export const UNREADABLE = 'unreadable: it was changed after it was stored'
 

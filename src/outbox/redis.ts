@@ -1,10 +1,10 @@
 import { randomUUID } from 'node:crypto'
-import type { Project } from '../config.ts'
+import type { Project, ProjectNames } from '../config.ts'
 import type { Log } from '../log.ts'
 import { connectBackground, withTimeout, FOREGROUND_TIMEOUT_MS, type Redis } from '../redis.ts'
 import { groupCalls } from './grouped.ts'
 import {
-  listed, MAX_NEXT_BYTES, readRows, UNREADABLE,
+  listed, MAX_NEXT_BYTES, OTHER_MODE, readRows, UNREADABLE,
   type Counts, type DeadLetter, type Entry, type Limits, type Outbox, type PutResult
 } from './outbox.ts'
 import { KEYS, SCRIPTS, VERSION } from './scripts.ts'
@@ -26,6 +26,7 @@ export async function openRedis (
   foreground: Redis, project: Project, log: Log, { leaseMs, maxEntries }: Limits & { leaseMs: number }
 ): Promise<Outbox> {
   const keys = await keysOf(foreground, project)
+  await refuseOtherMode(foreground, project)
   const [WAITING, DEAD] = keys as [string, string]
   const CLAIMS = keys[2] as string
   const relayId = randomUUID()
@@ -128,15 +129,16 @@ export async function openRedis (
   }
 }
 
+const pointerOf = (fingerprint: string) => `identify-relay:${fingerprint}:outbox`
 const nameKeys = (fingerprint: string) => KEYS.map(name => `{identify-relay:${fingerprint}}:${name}`)
 
 /**
  * Returns the names of the keys. With MIXPANEL_PROJECT_ID they outlive a change of the token, so the name that the
  * project had first is kept in Redis. The braces keep all keys on one node of a cluster.
  */
-async function keysOf (redis: Redis, { fingerprint, earlier }: Project): Promise<string[]> {
+async function keysOf (redis: Redis, { fingerprint, earlier }: ProjectNames): Promise<string[]> {
   if (earlier.length === 0) return nameKeys(fingerprint)
-  const pointer = `identify-relay:${fingerprint}:outbox`
+  const pointer = pointerOf(fingerprint)
   const inTime = <Result> (command: Promise<Result>) => withTimeout(redis, BACKGROUND_TIMEOUT_MS, command)
   let name = await inTime(redis.get(pointer))
   if (name === null) {
@@ -145,6 +147,16 @@ async function keysOf (redis: Redis, { fingerprint, earlier }: Project): Promise
     name = await inTime(redis.get(pointer))
   }
   return nameKeys(name as string)
+}
+
+/** Rejects when a relay with another MIXPANEL_ID_MERGE has left events of the project. */
+async function refuseOtherMode (redis: Redis, { otherMode }: Project): Promise<void> {
+  const inTime = <Result> (command: Promise<Result>) => withTimeout(redis, BACKGROUND_TIMEOUT_MS, command)
+  const { fingerprint, earlier } = otherMode
+  const names = [fingerprint, ...earlier, await inTime(redis.get(pointerOf(fingerprint)))].filter(name => name !== null)
+  const streams = names.flatMap(name => nameKeys(name).slice(0, 2))
+  const lengths = await Promise.all(streams.map(name => inTime(redis.xlen(name))))
+  if (lengths.some(length => length > 0)) throw new Error(`OUTBOX=redis: ${OTHER_MODE}`)
 }
 
 /** Returns the message of an error that Redis answered: nothing was stored. Throws any other, after which it may be. */

@@ -2,7 +2,7 @@ import { createBatcher } from '../concurrency/batcher.ts'
 import { createKeyedMutex } from '../concurrency/keyed-mutex.ts'
 import type { Config } from '../config.ts'
 import { createDelivery, MAX_SENT_BYTES, type OutgoingEvent } from '../mixpanel/delivery.ts'
-import { identifyEvent, type PendingEvent } from '../identity/event.ts'
+import { createToEvent, type PendingEvent } from '../identity/event.ts'
 import type { Identity } from '../identity/identity.ts'
 import { createMergeGuard } from './merge-guard.ts'
 import { createStoreAndForward, type StoreOptions } from './store-and-forward.ts'
@@ -59,6 +59,7 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
   const logError = throttledError((fields, message) => log.error(fields, message), ERROR_INTERVAL_MS)
   // The first user of an anonymous id keeps it for ever, so identities with one anonymous id are sent one at a time.
   const mutex = createKeyedMutex()
+  const toEvent = createToEvent(config)
 
   const mergeGuard = createMergeGuard(config, log)
 
@@ -100,7 +101,7 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
     },
 
     /** Returns the event of an identity that is validated now. */
-    toEvent: (identity: Identity) => identifyEvent(identity, Date.now()),
+    toEvent: (identity: Identity) => toEvent(identity, Date.now()),
 
     preview: mixpanel.preview,
 

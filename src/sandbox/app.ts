@@ -1,12 +1,17 @@
 import { setTimeout as sleep } from 'node:timers/promises'
-import { gunzipSync } from 'node:zlib'
+import { Readable } from 'node:stream'
+import { createGzip, gunzipSync } from 'node:zlib'
 import Fastify, { type FastifyError, type FastifyReply, type FastifyRequest } from 'fastify'
 import { createEndpoints, TOO_LARGE, type Answer, type EndpointOptions, type Params } from './endpoints.ts'
 import { createFaultScript, FAULTS, type Fault } from './faults.ts'
+import { exportLines } from './export.ts'
 import { createLedger, type LedgerOptions } from './ledger.ts'
 
 /** A request to one of Mixpanel's paths, recorded for tests. */
 export interface Received { method: string, url: string, headers: FastifyRequest['headers'], body: string }
+
+/** The service account of the sandbox alone and of the demo, in the project 1. */
+export const SANDBOX_ACCOUNT = 'sandbox-account:sandbox-secret'
 
 export type Sandbox = ReturnType<typeof createSandbox>
 
@@ -14,7 +19,7 @@ export type Sandbox = ReturnType<typeof createSandbox>
  * An imitation of Mixpanel, not yet listening; the caller closes `app`. endpoints.ts and ledger.ts have the known
  * behaviour of `/track` and `/import`. The ledger and the fault script are also served on `/__sandbox`.
  */
-export function createSandbox (options: EndpointOptions & LedgerOptions = {}) {
+export function createSandbox (options: EndpointOptions & LedgerOptions & { exportLagMs?: number } = {}) {
   const ledger = createLedger(options)
   const endpoints = createEndpoints(options, ledger)
   const faults = createFaultScript()
@@ -36,6 +41,7 @@ export function createSandbox (options: EndpointOptions & LedgerOptions = {}) {
     if (fault?.name === 'wait' || fault?.name === 'slow_zero') await sleep(fault.ms)
     if (fault?.name === 'slow_zero') return send(reply, { status: 200, body: '0' })
     if (fault?.name === 'reset_after') request.raw.socket.resetAndDestroy()
+    if (fault?.name === 'cut') setTimeout(() => request.raw.socket.destroy(), fault.ms)
     if (fault?.name === 'close_idle') reply.raw.on('finish', () => setTimeout(() => request.raw.socket.destroy(), 20))
     return send(reply, respond())
   }
@@ -70,8 +76,16 @@ export function createSandbox (options: EndpointOptions & LedgerOptions = {}) {
     })
   })
   app.post('/import', (request, reply) => answer(request, reply, () => {
-    const credentials = Buffer.from(request.headers.authorization?.replace(/^Basic /, '') ?? '', 'base64').toString()
-    return endpoints.import(request.query as Params, credentials, parseLines(String(request.body)))
+    return endpoints.import(request.query as Params, basicOf(request), parseLines(String(request.body)))
+  }))
+  app.get('/api/2.0/export', (request, reply) => answer(request, reply, () => {
+    const query = request.query as Params
+    const refusal = endpoints.refuseExport(query, basicOf(request))
+    if (refusal !== undefined) return refusal
+    const lines = Readable.from(exportLines(ledger.rows(), query, options.exportLagMs ?? 0))
+    const isGzip = request.headers['accept-encoding']?.includes('gzip') === true
+    if (isGzip) reply.header('content-encoding', 'gzip')
+    return { status: 200, type: 'application/octet-stream', body: isGzip ? lines.pipe(createGzip()) : lines }
   }))
   for (const url of ['/track', '/import']) {
     app.options(url, async (request, reply) => reply.code(204).header('access-control-allow-origin', '*').send())
@@ -101,6 +115,10 @@ function send (reply: FastifyReply, { status, body, type, location }: Answer): F
   if (type !== undefined || typeof body === 'string') reply.type(type ?? 'text/plain')
   return reply.code(status).send(body)
 }
+
+/** Returns the credentials of Basic auth, as `user:secret`. */
+const basicOf = ({ headers }: FastifyRequest) =>
+  Buffer.from(headers.authorization?.replace(/^Basic /, '') ?? '', 'base64').toString()
 
 /** Parses plain JSON, or base64 in which a form parser may have turned `+` into a space; null if it is neither. */
 function parseData (data: string): unknown {

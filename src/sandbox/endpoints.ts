@@ -71,6 +71,17 @@ export function createEndpoints (options: EndpointOptions, ledger: ReturnType<ty
       return plain(params, options.arrayAnswer === 'any' && errors.length < events.length ? undefined : errors[0])
     },
 
+    /** Returns the answer to an export that is not permitted, or undefined. */
+    refuseExport (params: Params, credentials: string): Answer | undefined {
+      if (!serviceAccounts.includes(credentials)) return failure(401, 'Invalid credentials', 'Unauthorized')
+      if (params.project_id !== projectId) return failure(403, 'Project is not accessible', 'Forbidden')
+      const days = [params.from_date, params.to_date]
+      if (days.some(day => !/^\d{4}-\d{2}-\d{2}$/.test(day ?? ''))) return failure(400, 'invalid date', 'Bad Request')
+      const today = new Date(clock() * 1000).toISOString().slice(0, 10)
+      if (String(params.to_date) > today) return failure(400, 'to_date cannot be later than today', 'Bad Request')
+      return undefined
+    },
+
     /** `credentials` are those of Basic auth, as `user:secret`; `events` is the parsed body. */
     import (params: Params, credentials: string, events: unknown): Answer {
       const isAccount = serviceAccounts.includes(credentials) && params.project_id === projectId

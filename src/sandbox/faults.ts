@@ -61,9 +61,10 @@ export const FAULTS = {
 }
 
 /** Faults that delay the answer, or that process the request and then break the connection. */
-export const LATE_FAULTS = ['reset_after', 'close_idle', 'wait', 'slow_zero'] as const
+export const LATE_FAULTS = ['reset_after', 'close_idle', 'cut', 'wait', 'slow_zero'] as const
 
-/** `times` defaults to 1; `retry_after` becomes a header of the answer; `ms` is for `wait` and `slow_zero`. */
+/** `times` defaults to 1; `retry_after` becomes a header of the answer; `ms` is for `cut`, `wait` and
+ * `slow_zero`. */
 export interface Fault {
   name: keyof typeof FAULTS | typeof LATE_FAULTS[number]
   times?: number

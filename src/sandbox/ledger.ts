@@ -6,6 +6,7 @@ export type LedgerOutcome =
   | 'errSameIDs' | 'errAnonDistinctIdNonGUIDForm' | 'errAnonDistinctIdAssignedAlready' | 'errManyIDs'
 
 export type Mode = 'original' | 'simplified' | 'legacy'
+export const isMode = (text: string): text is Mode => ['original', 'simplified', 'legacy'].includes(text)
 
 export interface MixpanelEvent { event?: unknown, properties?: Record<string, unknown> }
 
@@ -16,6 +17,8 @@ export interface Row {
   properties: Record<string, unknown>
   outcome: LedgerOutcome
   failure_description?: string
+  /** When it arrived, in ms since the epoch. */
+  arrived: number
 }
 
 export interface LedgerOptions { mode?: Mode, anonFormat?: 'strict' | 'lenient', clusterMax?: number }
@@ -27,8 +30,9 @@ const ANON_FORMATS = {
 }
 
 /**
- * The identity rules: the first user of an anonymous id wins, merges are final, refusals are silent. `add` takes events
- * that an endpoint accepted. The cluster limit is assumed: a live probe stopped at 501 members, not the documented 500.
+ * The identity rules: the first user of an anonymous id wins, merges are final, refusals are silent. With Original ID
+ * Merge only `$identify` merges, with Simplified ID Merge only other events do. `add` takes events that an endpoint
+ * accepted. The cluster limit is assumed: a live probe stopped at 501 members, not the documented 500.
  */
 export function createLedger ({ mode = 'original', anonFormat = 'lenient', clusterMax = 501 }: LedgerOptions = {}) {
   let rows: Row[] = []
@@ -55,6 +59,17 @@ export function createLedger ({ mode = 'original', anonFormat = 'lenient', clust
     if (!ANON_FORMATS[anonFormat].test(anon)) {
       return failure('errAnonDistinctIdNonGUIDForm', `$anon_distinct_id didn't match expected GUID pattern: ${anon}`)
     }
+    return merge(anon, identified)
+  }
+
+  /** Mixpanel strips one prefix. An event without both ids merges nothing. */
+  function associate (properties: Record<string, unknown>): Pick<Row, 'outcome' | 'failure_description'> {
+    const { $user_id: user, $device_id: device } = properties
+    const isPair = typeof user === 'string' && user !== '' && typeof device === 'string' && device !== ''
+    return mode === 'simplified' && isPair ? merge(device.replace(/^\$device:/, ''), user) : { outcome: 'stored' }
+  }
+
+  function merge (anon: string, identified: string): Pick<Row, 'outcome' | 'failure_description'> {
     const current = owner.get(anon)
     if (current === identified) return { outcome: 'repeat' }
     if (current !== undefined) {
@@ -80,8 +95,8 @@ export function createLedger ({ mode = 'original', anonFormat = 'lenient', clust
         .map(([name, value]) => [name, typeof value === 'string' ? value.slice(0, 255) : value]))
       const found = outcome !== undefined
         ? { outcome }
-        : event === '$identify' ? identify(visible) : { outcome: 'stored' as const }
-      rows.push({ endpoint, event, properties: stored, ...found })
+        : event === '$identify' ? identify(visible) : associate(visible)
+      rows.push({ endpoint, event, properties: stored, ...found, arrived: Date.now() })
     },
     /** Returns every row, in order of arrival. */
     rows: (): readonly Row[] => rows,

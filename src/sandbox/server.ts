@@ -1,9 +1,14 @@
-import { createSandbox } from './app.ts'
+import { createSandbox, SANDBOX_ACCOUNT } from './app.ts'
+import { isMode } from './ledger.ts'
 
 // The compose file sets HOST to an address that other containers can reach; the default is loopback.
-const { HOST = '127.0.0.1', PORT = '8081', SANDBOX_TOKEN = 'sandbox-token' } = process.env
+const { HOST = '127.0.0.1', PORT = '8081', SANDBOX_TOKEN = 'sandbox-token', SANDBOX_MODE = 'original' } = process.env
+if (!isMode(SANDBOX_MODE)) {
+  console.error('SANDBOX_MODE must be original, simplified or legacy.')
+  process.exit(1)
+}
 
-const { app } = createSandbox({ token: SANDBOX_TOKEN })
+const { app } = createSandbox({ token: SANDBOX_TOKEN, mode: SANDBOX_MODE, serviceAccounts: [SANDBOX_ACCOUNT] })
 for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => app.close())
 const url = await app.listen({ host: HOST, port: Number(PORT) })
 console.log(`The sandbox listens on ${url}; its events: ${url}/__sandbox/events`)

@@ -13,6 +13,8 @@ export interface Details {
   identities?: number
   queued?: number
   failed?: number
+  /** The `$insert_id` of each identity that was accepted or queued. */
+  insert_ids?: string[]
 }
 
 declare module 'fastify' {

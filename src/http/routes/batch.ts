@@ -5,7 +5,7 @@ import type { Slices } from '../../concurrency/slices.ts'
 import type { Config } from '../../config.ts'
 import { isTooLarge, type PendingEvent } from '../../identity/event.ts'
 import {
-  checkRules, Identity, MAX_IDENTITY_BYTES, checkSize, type FieldError
+  MAX_IDENTITY_BYTES, checkSize, type FieldError, type Identity, type IdentityRules
 } from '../../identity/identity.ts'
 import { hasFailed, type Failure, type Verdict } from '../../identity/verdict.ts'
 import type { Relay } from '../../relay/relay.ts'
@@ -66,7 +66,13 @@ const Results = Type.Object({
     `All problems together list at most ${MAX_ERRORS} fields; further problems have no \`errors\`.`
 })
 
-interface Options { relay: Relay, config: Pick<Config, 'RATE_LIMIT_MAX'>, bodies: Bodies, nextSlice: Slices }
+interface Options {
+  relay: Relay
+  config: Pick<Config, 'RATE_LIMIT_MAX'>
+  rules: IdentityRules
+  bodies: Bodies
+  nextSlice: Slices
+}
 
 /** The event of an identity, or its broken rules. */
 type Parsed = PendingEvent | FieldError[]
@@ -79,14 +85,14 @@ type Outcome = FieldError[] | Verdict | Error
 
 /** `POST /identify/batch`: many identities and a verdict for each. */
 export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) => {
-  const { relay, config: { RATE_LIMIT_MAX: limit }, bodies, nextSlice } = options
+  const { relay, config: { RATE_LIMIT_MAX: limit }, rules, bodies, nextSlice } = options
   bodies.accept(app, {
     types: BODY_TYPES, limit: BODY_LIMIT, share: BODY_SHARE, parse: (body, done) => done(null, body)
   })
 
   app.post('/identify/batch', {
     ...identityRoute,
-    config: { body: identitiesOf(Identity), callers: 'services' } satisfies FastifyContextConfig,
+    config: { body: identitiesOf(rules.schema), callers: 'services' } satisfies FastifyContextConfig,
     schema: {
       operationId: 'identifyBatch',
       summary: 'Merge many anonymous users',
@@ -109,9 +115,11 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
     let retryAfter = 0
     let queued = 0
     let failed = 0
+    const insertIds: string[] = []
     const results = outcomes.map((outcome, index) => {
       if ('code' in outcome && !hasFailed(outcome)) {
         if (outcome.code === 'queued') queued++
+        insertIds.push((looked[index] as PendingEvent).insertId)
         return { index, status: outcome.code }
       }
       failed++
@@ -121,7 +129,7 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
       return { index, status: 'failed', problem: problemBody(code, request.id, extras) }
     })
     if (retryAfter > 0) reply.header('retry-after', retryAfter)
-    reply.logLine.details = { identities: results.length, queued, failed }
+    reply.logLine.details = { identities: results.length, queued, failed, insert_ids: insertIds }
     if (failed === 0 && queued !== 0) return answerQueued(reply, isAsync).send({ results })
     return reply.code(failed === 0 ? 200 : 207).send({ results })
   })
@@ -173,8 +181,8 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
     if (typeof identity !== 'object' || identity === null || Array.isArray(identity)) return NOT_AN_OBJECT
     const surplus = checkSize(identity)
     if (surplus.length > 0) return surplus
-    const validate = request.compileValidationSchema(Identity)
-    const errors = [...validate(identity) ? [] : asFieldErrors(validate.errors), ...checkRules(identity)]
+    const validate = request.compileValidationSchema(rules.schema)
+    const errors = [...validate(identity) ? [] : asFieldErrors(validate.errors), ...rules.check(identity)]
     if (errors.length > 0) return errors
     const event = relay.toEvent(identity as Identity)
     return isTooLarge(event) ? [TOO_LONG] : event

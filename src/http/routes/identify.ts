@@ -4,7 +4,7 @@ import type { FastifyContextConfig, FastifyReply, FastifyRequest } from 'fastify
 import type { Slices } from '../../concurrency/slices.ts'
 import { isOpenLoopback, type Config } from '../../config.ts'
 import { isTooLarge } from '../../identity/event.ts'
-import { checkRules, Identity, MAX_IDENTITY_BYTES, checkSize } from '../../identity/identity.ts'
+import { MAX_IDENTITY_BYTES, checkSize, type IdentityRules } from '../../identity/identity.ts'
 import { hasFailed } from '../../identity/verdict.ts'
 import { parseAsJson, type Bodies } from '../body.ts'
 import { problemResponses } from '../problem.ts'
@@ -47,7 +47,7 @@ const sendAccepted = (reply: FastifyReply) => reply.header('content-type', JSON_
 const forgetBody = (request: FastifyRequest) => { request.body = undefined }
 
 const Preview = Type.Object({
-  event: Type.Literal('$identify', { description: 'The name of the event.' }),
+  event: Type.String({ description: 'The name of the event.', examples: ['$identify'] }),
   properties: Type.Record(Type.String(), Type.Unknown(), {
     description: 'The properties of the event. The token is masked.'
   })
@@ -59,10 +59,11 @@ const MAX_VALIDATED_FIELDS = 1000
 /** Leaves room for white space. A longer body is not read to its end. */
 const BODY_LIMIT = 2 * MAX_IDENTITY_BYTES
 
-interface Options { relay: Relay, config: Config, bodies: Bodies, nextSlice: Slices }
+interface Options { relay: Relay, config: Config, rules: IdentityRules, bodies: Bodies, nextSlice: Slices }
 
 /** `POST /identify`: one identity and its verdict. */
-export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay, config, bodies, nextSlice }) => {
+export const identify: FastifyPluginAsyncTypebox<Options> = async (app, options) => {
+  const { relay, config, rules, bodies, nextSlice } = options
   const isOpen = isOpenLoopback(config)
   bodies.accept(app, {
     types: BODY_TYPES, limit: BODY_LIMIT, share: 1, parse: parseAsJson(MAX_IDENTITY_BYTES, nextSlice)
@@ -83,7 +84,7 @@ export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay,
       tags: ['identities'],
       security: SECURITY,
       consumes: BODY_TYPES,
-      body: Identity,
+      body: rules.schema,
       querystring: Query,
       headers: Headers,
       response: {
@@ -91,13 +92,14 @@ export const identify: FastifyPluginAsyncTypebox<Options> = async (app, { relay,
       }
     }
   }, async (request, reply) => {
-    const errors = checkRules(request.body)
+    const errors = rules.check(request.body)
     if (request.validationError || errors.length > 0) {
       return reply.problem('invalid_request', { errors: [...fieldErrors(request), ...errors] })
     }
     const { caller } = request
     if (caller.kind === 'user' && caller.userId !== request.body.identified_id) {
-      return reply.problem('forbidden', { detail: `identified_id is not the user of the token (${config.JWT_CLAIM}).` })
+      const detail = `identified_id is not the user of the token (${config.JWT_CLAIM}).`
+      return reply.problem('forbidden', { detail })
     }
     const event = relay.toEvent(request.body)
     if (isTooLarge(event)) return reply.problem('invalid_request', { errors: [TOO_LONG] })

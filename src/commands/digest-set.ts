@@ -1,0 +1,67 @@
+import { hash, randomBytes } from 'node:crypto'
+
+/** Small tables grow one at a time, so that a copy never doubles the memory. */
+const TABLES = 256
+const MAX_LOAD = 0.85
+const GROWTH = 1.3
+
+/** The slots of one table, each two 32-bit halves of a digest; 0, 0 is an empty slot. */
+interface Table { slots: Uint32Array, count: number }
+
+export type DigestSet = ReturnType<typeof createDigestSet>
+
+/**
+ * Returns a set of texts, kept as 64-bit digests with a random salt: at most 13 bytes for each of many. That any two of
+ * a million texts have one digest has a probability of 1 in 30 million.
+ */
+export function createDigestSet () {
+  const salt = randomBytes(16).toString('hex')
+  const tables = Array.from({ length: TABLES }, (): Table => ({ slots: new Uint32Array(32), count: 0 }))
+
+  /** Returns the index of a digest in `slots`, or of the empty slot where it belongs. */
+  function find (slots: Uint32Array, high: number, low: number): number {
+    const capacity = slots.length / 2
+    for (let slot = low % capacity; ; slot = (slot + 1) % capacity) {
+      const [one, other] = [slots[2 * slot], slots[2 * slot + 1]]
+      if ((one === high && other === low) || (one === 0 && other === 0)) return 2 * slot
+    }
+  }
+
+  function grow (table: Table): void {
+    const { slots } = table
+    table.slots = new Uint32Array(2 * Math.ceil(slots.length / 2 * GROWTH))
+    for (let at = 0; at < slots.length; at += 2) {
+      const [high, low] = [slots[at] as number, slots[at + 1] as number]
+      if (high !== 0 || low !== 0) table.slots.set([high, low], find(table.slots, high, low))
+    }
+  }
+
+  function locate (text: string) {
+    const digest = hash('sha256', salt + text)
+    const high = parseInt(digest.slice(0, 8), 16)
+    // 1 in place of 0, because 0, 0 is an empty slot.
+    const low = parseInt(digest.slice(8, 16), 16) || 1
+    const table = tables[high % TABLES] as Table
+    return { table, high, low, at: find(table.slots, high, low) }
+  }
+
+  return {
+    /** Adds a text. Returns false if the set has it. */
+    add (text: string): boolean {
+      const { table, high, low, at } = locate(text)
+      if (table.slots[at + 1] !== 0) return false
+      table.slots.set([high, low], at)
+      table.count++
+      if (table.count > table.slots.length / 2 * MAX_LOAD) grow(table)
+      return true
+    },
+
+    has (text: string): boolean {
+      const { table, at } = locate(text)
+      return table.slots[at + 1] !== 0
+    },
+
+    /** Returns the memory of the set, in bytes. */
+    bytes: () => tables.reduce((sum, { slots }) => sum + slots.byteLength, 0)
+  }
+}
