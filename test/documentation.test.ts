@@ -3,7 +3,8 @@ import { dirname, join, normalize } from 'node:path'
 import { t } from 'tap'
 import { PROBLEMS } from '#src/http/problem.js'
 
-const pages = ['README.md', ...readdirSync('docs').filter(name => name.endsWith('.md')).map(name => `docs/${name}`)]
+const pagesIn = (folder: string) => readdirSync(folder, { recursive: true }).map(String).filter(name => name.endsWith('.md')).map(name => join(folder, name))
+const pages = ['README.md', ...pagesIn('docs'), ...pagesIn('examples')]
 const textOf = (page: string) => readFileSync(page, 'utf8')
 const withoutCode = (text: string) => text.replace(/^```.*?^```/gms, '')
 
@@ -16,7 +17,7 @@ t.test('README.md has at most 9,000 bytes', async t => {
   t.ok(size <= 9000, `README.md has at most 9,000 bytes, and has ${size}`)
 })
 
-t.test('each link in README.md and docs leads to a file and a heading that exist', async t => {
+t.test('each link in README.md, docs and examples leads to a file and a heading that exist', async t => {
   for (const page of pages) {
     for (const [, link = ''] of textOf(page).matchAll(/\]\(([^)\s]+)\)/g)) {
       if (/^[a-z]+:/.test(link)) continue
@@ -28,11 +29,11 @@ t.test('each link in README.md and docs leads to a file and a heading that exist
   }
 })
 
-t.test('each npm script and each path that README.md and docs mention exists', async t => {
+t.test('each npm script and each path that README.md, docs and examples mention exists', async t => {
   const { scripts } = JSON.parse(readFileSync('package.json', 'utf8'))
   for (const page of pages) {
     for (const [, name = ''] of textOf(page).matchAll(/npm run ([a-z:]+)/g)) t.ok(name in scripts, `${page} mentions npm run ${name}: the script exists`)
-    for (const [path] of textOf(page).matchAll(/(?<![\w/.-])(?:src|test|bench|docs)\/[\w./-]*[\w/]/g)) {
+    for (const [path] of textOf(page).matchAll(/(?<![\w/.-])(?:src|test|bench|docs|examples)\/[\w./-]*[\w/]/g)) {
       t.ok(existsSync(path) || existsSync(join(dirname(page), path)), `${page} mentions ${path}: the path exists`)
     }
   }

@@ -1,12 +1,17 @@
+import { spawnSync } from 'node:child_process'
 import { once } from 'node:events'
 import { readFileSync } from 'node:fs'
 import { createServer, type ServerResponse } from 'node:http'
 import type { AddressInfo } from 'node:net'
+import { basename, dirname, join } from 'node:path'
 import openapiTypes, { astToString, COMMENT_HEADER } from 'openapi-typescript'
 import { t, type Test } from 'tap'
+import { parse } from 'yaml'
+import { SECRETS } from '#src/config.js'
+import { Environment } from '#src/environment.js'
 import { createRelayClient } from '../examples/service/identify.ts'
-import { identity, startSandbox, type Env } from './helper.ts'
-import { startProcess, startServer } from './processes.ts'
+import { freePort, identity, startSandbox, TOKEN, type Env } from './helper.ts'
+import { SERVER, startProcess, startServer, withoutCoverage } from './processes.ts'
 
 const KEY = 'CANARY-SECRET-of-a-service'
 
@@ -116,4 +121,47 @@ t.test('the client of the service example repeats a request that a proxy answers
   const later = await stub(t, response => { response.writeHead(429, { 'retry-after': '3600' }).end() })
   await t.rejects(createRelayClient({ url: later.url, apiKey: KEY }).identify(identity()), { name: 'RelayError', status: 429 })
   t.equal(later.asked(), 1, 'an hour is too long to wait')
+})
+
+interface Container {
+  name: string
+  restartPolicy?: string
+  env: { name: string, value?: string }[]
+  volumeMounts: { name: string, mountPath: string, readOnly: boolean }[]
+  startupProbe: { exec: { command: string[] } }
+  livenessProbe: { exec: { command: string[] } }
+}
+
+t.test('the relay of the sidecar example starts with its variables, is alive by its probe, and wants the key', async t => {
+  const { spec } = parse(readFileSync('examples/sidecar/pod.yaml', 'utf8'))
+  const [sidecar] = spec.initContainers as [Container]
+  t.match(sidecar, {
+    restartPolicy: 'Always',
+    volumeMounts: [{ mountPath: '/run/secrets/identify-relay', readOnly: true }],
+    securityContext: { runAsNonRoot: true, allowPrivilegeEscalation: false, readOnlyRootFilesystem: true, capabilities: { drop: ['ALL'] } }
+  })
+  const known = new Set([...Object.keys(Environment.properties), ...SECRETS.map(name => `${name}_FILE`)])
+  for (const { name } of sidecar.env) t.ok(known.has(name), `${name} is a variable of the relay`)
+
+  // The Secret, as the manifest mounts it.
+  const directory = t.testdir({ token: `${TOKEN}\n`, 'api-keys': `your-app:${KEY}` })
+  const mount = sidecar.volumeMounts[0]?.mountPath
+  const env: Env = { PORT: String(await freePort()) }
+  for (const { name, value = '' } of sidecar.env) {
+    const isFile = name.endsWith('_FILE')
+    if (isFile) t.equal(dirname(value), mount, `${name} is in the volume`)
+    env[name] = isFile ? join(directory, basename(value)) : value
+  }
+  const sandbox = await startSandbox(t)
+  // The variable without _FILE, which startServer sets, must be empty.
+  const relay = await startServer(t, sandbox.url, { ...env, MIXPANEL_TOKEN: '' })
+  t.equal(new URL(relay.url).hostname, '127.0.0.1')
+  for (const { exec: { command: [node, ...args] } } of [sidecar.startupProbe, sidecar.livenessProbe]) {
+    t.equal(node, 'node')
+    t.equal(args[0], SERVER)
+    t.equal(spawnSync('env', withoutCoverage(env, ...args)).status, 0, 'the probe succeeds')
+    t.equal(spawnSync('env', withoutCoverage({ ...env, PORT: '9' }, ...args)).status, 1, 'and fails without a relay')
+  }
+  t.equal((await relay.post()).status, 401)
+  t.equal(await createRelayClient({ url: relay.url, apiKey: KEY }).identify(identity()), 'accepted')
 })
