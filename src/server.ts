@@ -10,7 +10,9 @@ process.on('SIGHUP', () => {})
 // By default SIGUSR1 opens Node's inspector on loopback, which all containers of a pod share.
 process.on('SIGUSR1', () => {})
 
+const { default: { once } } = await import('node:events')
 const { fstatSync, readFileSync } = await import('node:fs')
+const { open } = await import('node:fs/promises')
 const { ConfigError, readConfig, secretFiles, SECRETS } = await import('./config.ts')
 type Config = import('./config.ts').Config
 type SecretFiles = import('./secrets.ts').SecretFiles
@@ -31,9 +33,19 @@ const commands = new Map(Object.entries({
   },
   async outbox (config: Config, args: string[]) {
     const { outboxCommand } = await import('./commands/outbox.ts')
-    // In `outbox list | head` the reader closes the pipe early.
-    process.stdout.on('error', () => process.exit(0))
-    for await (const text of outboxCommand(config, args)) process.stdout.write(text)
+    await print(outboxCommand(config, args))
+  },
+  async doctor (config: Config, args: string[]) {
+    const { doctorCommand } = await import('./commands/doctor.ts')
+    await print(doctorCommand(config, args))
+  },
+  async verify (config: Config, args: string[]) {
+    const { verifyCommand } = await import('./commands/verify.ts')
+    await print(verifyCommand(config, args, {
+      openLog: async path => path === '-' ? process.stdin : (await open(path)).createReadStream(),
+      report: console.error,
+      exit: code => { process.exitCode = code }
+    }))
   },
   /** Prints `openapi.yaml`. */
   async openapi (config: Config) {
@@ -41,6 +53,15 @@ const commands = new Map(Object.entries({
     console.log((await openapiDocument(config)).yaml)
   }
 }))
+
+/** Writes texts to standard output, no faster than they are read. */
+async function print (texts: AsyncIterable<string>): Promise<void> {
+  // In `outbox list | head` the reader closes the pipe early.
+  process.stdout.on('error', () => process.exit(0))
+  for await (const text of texts) {
+    if (!process.stdout.write(text)) await once(process.stdout, 'drain')
+  }
+}
 
 async function runServe (config: Config, _: string[], secrets: SecretFiles): Promise<void> {
   const [{ createDestination, createLog, fileSink, streamSink }, { openFilesLimit, serve }] =

@@ -3,7 +3,7 @@ import { t, type Test } from 'tap'
 import { createBreaker } from '#src/mixpanel/breaker.js'
 import { readConfig } from '#src/config.js'
 import type { Delivery, OutgoingEvent } from '#src/mixpanel/delivery.js'
-import { identifyEvent, parseEvent } from '#src/identity/event.js'
+import { identifyEvent } from '#src/identity/event.js'
 import { createForwarder } from '#src/relay/forwarder.js'
 import type { Entry, Outbox } from '#src/outbox/outbox.js'
 import { backoffMs } from '#src/relay/pauses.js'
@@ -15,7 +15,7 @@ import { identity, setPerformanceNow } from './helper.ts'
 const down: Verdict = { code: 'mixpanel_unreachable', taken: 'unknown', cause: 'status 503' }
 const accepted: Verdict = { code: 'accepted', taken: 'yes' }
 
-const userOf = (event: OutgoingEvent['event']) => parseEvent(event).properties.$identified_id
+const userOf = (event: OutgoingEvent['event']) => event.userId
 
 /** A forwarder on a mocked clock, between an outbox in memory and a Mixpanel that is played by `answer`. */
 function start (t: Test, count: number, answer: (items: OutgoingEvent[]) => Verdict[], env = {}, given: object[] = []) {

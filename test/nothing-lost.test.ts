@@ -18,7 +18,7 @@ t.test('violations finds each kind of broken promise', async t => {
   const call = (id: string, anon: string, status?: number): Call =>
     ({ identity: { identified_id: id, anon_id: anon, properties: { a: 1 } }, ...status !== undefined && { status } })
   const row = (id: string, anon: string, more: object = {}): Row => ({
-    endpoint: 'track', event: '$identify', outcome: 'merged', properties: { a: 1, distinct_id: id, $identified_id: id, $anon_id: anon, time: 1, $insert_id: `${id}-${anon}`, ...more }
+    endpoint: 'track', event: '$identify', outcome: 'merged', arrived: 0, properties: { a: 1, distinct_id: id, $identified_id: id, $anon_id: anon, time: 1, $insert_id: `${id}-${anon}`, ...more }
   })
   t.same(violations([call('u', 'x', 200), call('v', 'y', 202), call('w', 'z', 503), call('k', 'k')], [row('v', 'y'), row('u', 'x')]), [])
   t.match(violations([call('u', 'x', 202)], []), [/^u got 202 and is lost$/])

@@ -8,7 +8,10 @@ export const event = (anon: string = randomUUID(), identified = `user-${randomUU
   identifyEvent({ identified_id: identified, anon_id: anon, properties: { plan: 'a"b\n', 7: [1, { x: null }] } }, now)
 
 /** The project of the outboxes in tests. */
-export const PROJECT = { fingerprint: 'a-project', earlier: [] }
+/** A project as the configuration names it, whose other mode has stored nothing. */
+export const project = (fingerprint: string, earlier: string[] = [], otherMode = 'other-mode') =>
+  ({ fingerprint, earlier, otherMode: { fingerprint: otherMode, earlier: [] as string[] } })
+export const PROJECT = project('a-project')
 
 /** Tests what every outbox promises; `open` opens the same one again. */
 export async function testPromises (t: Test, open: (maxEntries?: number) => Promise<Outbox>) {

@@ -13,9 +13,9 @@ import { answerCalls } from '#src/outbox/database-calls.js'
 import { MAX_ENTRIES, type Limits, type Outbox } from '#src/outbox/outbox.js'
 import { connectOutbox, openSqlite } from '#src/outbox/sqlite.js'
 import { identity, silent } from './helper.ts'
-import { event, PROJECT, testPromises } from './outbox-promises.ts'
+import { event, PROJECT, testPromises, project } from './outbox-promises.ts'
 
-const OTHER = { fingerprint: 'another', earlier: [] }
+const OTHER = project('another')
 const limits = { maxEntries: MAX_ENTRIES }
 /** The outbox with its database in this thread, where its coverage counts. */
 function open (directory: string, project: Project = PROJECT, log: Log = silent, given: Limits = limits): Promise<Outbox> {
@@ -52,7 +52,7 @@ t.test('a directory belongs to one process and one project, and its files to the
   for (const name of ['.', ...readdirSync(path)]) t.equal(statSync(join(path, name)).mode & 0o77, 0, `${name} is for its owner alone`)
   await outbox.close()
   await t.rejects(open(path, OTHER), { message: /^it holds identities of another project or token\..* MIXPANEL_PROJECT_ID/ })
-  const renamed = await open(path, { fingerprint: 'its id', earlier: ['nothing', PROJECT.fingerprint] })
+  const renamed = await open(path, project('its id', ['nothing', PROJECT.fingerprint]))
   t.equal(renamed.counts().waiting, 1, 'with MIXPANEL_PROJECT_ID the outbox outlives a change of the token')
   await renamed.ack(await renamed.next(1))
   await renamed.close()

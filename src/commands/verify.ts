@@ -12,8 +12,8 @@ const USAGE = 'use verify --from YYYY-MM-DD --to YYYY-MM-DD [--sent FILE] [--all
 const SOME_FAILED = 2
 
 interface Output {
-  /** Returns the text of a file, or of standard input for `-`. */
-  openLog: (path: string) => Readable
+  /** Resolves with the text of a file, or of standard input for `-`. */
+  openLog: (path: string) => Promise<Readable>
   /** Prints a line for people, which is no result. */
   report: (line: string) => void
   /** Sets the exit code. */
@@ -42,6 +42,8 @@ export async function * verifyCommand (config: Config, args: string[], output: O
     throw new UsageError('verify needs MIXPANEL_SERVICE_ACCOUNT and MIXPANEL_PROJECT_ID.')
   }
   const event = config.MIXPANEL_ID_MERGE === 'original' ? '$identify' : config.MERGE_EVENT
+  // Before the export, of which Mixpanel permits sixty an hour.
+  const log = sent === undefined ? undefined : await output.openLog(sent).catch(failToRead)
   const seen = createDigestSet()
   const counts = { refused: 0, merged: 0, no_failure: 0, not_seen: 0 }
   try {
@@ -55,8 +57,8 @@ export async function * verifyCommand (config: Config, args: string[], output: O
     if (error instanceof ExportError) throw new UsageError(`It cannot be told what merged: ${error.message}.`)
     throw error
   }
-  if (sent !== undefined) {
-    for await (const missing of missingIdentities(output.openLog(sent), { from, to }, seen)) {
+  if (log !== undefined) {
+    for await (const missing of missingIdentities(log, { from, to }, seen)) {
       counts.not_seen++
       yield toLine(missing)
     }
@@ -108,18 +110,14 @@ interface LogLine { time?: unknown, status?: unknown, insert_id?: unknown, inser
 
 /**
  * Yields each identity that a relay's log has as sent on these days and that `seen` does not have, once. `time` is in
- * seconds since the epoch. Throws a UsageError when the log cannot be read, or names no identity at all.
+ * seconds since the epoch. Throws a UsageError when the log names no identity at all.
  */
 async function * missingIdentities (
   log: Readable, { from, to }: { from: string, to: string }, seen: DigestSet
 ): AsyncGenerator<object> {
   let count = 0
   const reported = createDigestSet()
-  const lines = createInterface({ input: log, crlfDelay: Infinity })
-  // Without a listener an error of the file would end the process.
-  const failure = new Promise<never>((resolve, reject) => log.on('error', reject))
-  failure.catch(() => lines.close())
-  for await (const line of lines) {
+  for await (const line of createInterface({ input: log, crlfDelay: Infinity })) {
     const { time, ids } = sentIn(line)
     count += ids.length
     const day = ids.length > 0 ? new Date(time).toISOString().slice(0, 10) : ''
@@ -130,8 +128,11 @@ async function * missingIdentities (
       }
     }
   }
-  if (log.errored) throw new UsageError(`The log cannot be read (${(log.errored as NodeJS.ErrnoException).code}).`)
   if (count === 0) throw new UsageError('The log names no identity: it must be that of a relay with LOG_LEVEL=info.')
+}
+
+function failToRead ({ code }: NodeJS.ErrnoException): never {
+  throw new UsageError(`The log cannot be read (${code}).`)
 }
 
 /** Returns the identities that a line of a log reports as accepted or queued. Text before the JSON is skipped. */

@@ -22,7 +22,7 @@ export function anonIdSchema ({ MIXPANEL_ID_MERGE: mode, ANON_ID_FORMAT: format 
       allOf: [
         { pattern: '^[^\\p{Cc}\\p{Cs}]*$', description: 'must not contain control characters or lone surrogates' },
         {
-          pattern: `^(?:\\$device:)?(?:[^${INVISIBLE}](?:[\\s\\S]*[^${INVISIBLE}])?)?$`,
+          pattern: `^(?!\\$device:[${INVISIBLE}])(?:[^${INVISIBLE}](?:[\\s\\S]*[^${INVISIBLE}])?)?$`,
           description: 'must not begin or end with white space or an invisible character'
         },
         {

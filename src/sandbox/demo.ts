@@ -5,17 +5,27 @@ import { createLog } from '../log.ts'
 import { createMixpanel } from '../mixpanel/client.ts'
 import { openapi } from '../http/openapi.ts'
 import { createRelay } from '../relay/relay.ts'
-import { createSandbox } from './app.ts'
+import { verifyCommand } from '../commands/verify.ts'
+import { createSandbox, SANDBOX_ACCOUNT } from './app.ts'
 
-// Runs the relay in front of a sandbox, in one process: sends some identities, prints the answers, and serves.
-const sandbox = createSandbox()
+// Runs the relay in front of a sandbox, in one process: sends some identities, prints the answers and what merged, and
+// serves. The argument is the mode of the project.
+const [, , mode = 'original'] = process.argv
+if (mode !== 'original' && mode !== 'simplified') {
+  console.error('Use npm run demo, or npm run demo -- simplified')
+  process.exit(1)
+}
+const sandbox = createSandbox({ mode, serviceAccounts: [SANDBOX_ACCOUNT] })
 const sandboxUrl = await sandbox.app.listen({ host: '127.0.0.1', port: 0 })
-const { PORT: port = '8080' } = process.env
+const { PORT: port = '8080', CORS_ORIGINS: origins = '' } = process.env
 const config = readConfig({
   MIXPANEL_TOKEN: 'sandbox-token',
   MIXPANEL_URL: sandboxUrl,
+  MIXPANEL_ID_MERGE: mode,
+  MIXPANEL_SERVICE_ACCOUNT: SANDBOX_ACCOUNT,
+  MIXPANEL_PROJECT_ID: '1',
   PORT: port,
-  CORS_ORIGINS: `http://127.0.0.1:${port},http://localhost:${port}`
+  CORS_ORIGINS: `http://127.0.0.1:${port},http://localhost:${port},${origins}`
 }, () => '')
 let isShown = false
 const { logger, logRequest } = createLog('info', {
@@ -44,10 +54,11 @@ const samples = [
   { what: 'another user on that phone', identity: { identified_id: 'user-43', anon_id: phone } },
   { what: 'Mixpanel answers 0', identity: { identified_id: 'user-44', anon_id: randomUUID() }, refused: true },
   { what: 'junk: the frontend sent "null"', identity: { identified_id: 'null', anon_id: randomUUID() } },
-  { what: 'junk: no UUID, and a token', identity: { identified_id: 'user-45', anon_id: '12345', token: 'x' } }
+  { what: 'junk: no id, and a token', identity: { identified_id: 'user-45', anon_id: 'none', token: 'x' } }
 ]
 
-console.log(`The relay listens on ${url}, in front of a sandbox on ${sandboxUrl}.\n`)
+console.log(`The relay listens on ${url}, in front of a sandbox on ${sandboxUrl}.
+The project has ${mode} ID merge.\n`)
 console.log(`${'event'.padEnd(31)} ${'answer to the caller'.padEnd(47)} ledger of the sandbox`)
 for (const { what, identity, refused } of samples) {
   const before = sandbox.ledger.rows().length
@@ -63,8 +74,16 @@ for (const { what, identity, refused } of samples) {
   const ledger = row?.outcome ?? (refused ? 'nothing: refused' : 'nothing: not sent')
   console.log(`${what.padEnd(31)} ${`${answer.status} ${got}`.padEnd(47)} ${ledger}`)
 }
+const today = new Date().toISOString().slice(0, 10)
 console.log(`
-"accepted" means that Mixpanel answered 1. Only its ledger shows whether the ids merged. Send your own identity:
+"accepted" means that Mixpanel answered 1. What merged stands only in Mixpanel, where verify --all reads it:
+`)
+const output = { openLog: async () => process.stdin, report: console.log, exit () {} }
+for await (const lines of verifyCommand(config, ['--from', today, '--to', today, '--all'], output)) {
+  process.stdout.write(lines)
+}
+console.log(`
+Send your own identity:
 
   curl -i ${url}/identify -H 'content-type: application/json' \\
     -d '{"identified_id":"you","anon_id":"${randomUUID()}"}'
