@@ -1,4 +1,4 @@
-import { createHmac } from 'node:crypto'
+import { createHmac, randomUUID } from 'node:crypto'
 import { createServer, type RequestListener } from 'node:http'
 import { once } from 'node:events'
 import type { AddressInfo } from 'node:net'
@@ -232,6 +232,7 @@ t.test('digests of keys are compared, each once', async t => {
   t.equal(find('bbbbbbbbbbbbbbbb')?.label, 'key:b')
   t.match(find('cccccccccccccccc')?.label, /^key:[0-9a-f]{8}$/)
   t.equal(find('a'), undefined)
+  for (let count = 0; count < 3000; count++) if (find(randomUUID()) !== undefined) t.fail('another key is found')
 })
 
 /** A server of public keys. `answer` replaces its answer. */
@@ -292,7 +293,7 @@ t.test('a server of keys that is down, slow or wrong leaves the known keys in us
   const find = (kid: string): Promise<string> => jwks.getKey({ alg: 'ES256', kid }, { payload: '', signature: '' }).then(() => 'found', () => 'unknown')
   const answers: [cause: RegExp, answer: RequestListener][] = [
     [/status 503/, (_, response) => { response.writeHead(503).end() }],
-    [/redirect/, (_, response) => { response.writeHead(302, { location: '/elsewhere' }).end() }],
+    [/redirect/, ({ url }, response) => { if (url === '/elsewhere') response.end(JSON.stringify({ keys: [second.jwk] })); else response.writeHead(302, { location: '/elsewhere' }).end() }],
     [/not JSON/, (_, response) => { response.end('<html>') }],
     [/without keys/, (_, response) => { response.end('{"keys":[]}') }],
     [/without keys/, (_, response) => { response.end('null') }],

@@ -92,6 +92,12 @@ t.test('each mistake is one sentence that shows no value', async t => {
     [{ JWT_SECRET: 's'.repeat(32), JWT_JWKS_URL: 'https://idp.example/keys' }, /^JWT_SECRET and JWT_JWKS_URL must not both be set\.$/],
     ...['JWT_ISSUER', 'JWT_AUDIENCE', 'JWT_CLAIM'].map(name => [{ [name]: 'x' }, new RegExp(`^${name} needs JWT_SECRET or JWT_JWKS_URL\\.$`)] as [Record<string, string>, RegExp]),
     ...['MAX_ANON_PER_USER', 'MAX_USERS_PER_ANON', 'MERGE_GUARD_WINDOW_MS'].map(name => [{ [name]: '0' }, new RegExp(`^${name} must be an integer from 1 to`)] as [Record<string, string>, RegExp]),
+    [{ MIXPANEL_ID_MERGE: 'legacy' }, /^MIXPANEL_ID_MERGE must be one of original, simplified\.$/],
+    [{ ANON_ID_FORMAT: 'any' }, /^ANON_ID_FORMAT must be one of uuid-v4, sdk\.$/],
+    ...['$identify', '$merge', '$create_alias', 'mp_x', 'a\nb', 'x'.repeat(256)].map(name => [{ MERGE_EVENT: name }, /^MERGE_EVENT must be a name of 1 to 255 characters that does not begin with \$ or mp_/] as [Record<string, string>, RegExp]),
+    [{ MERGE_EVENT: ' x' }, /^MERGE_EVENT must not have white space or quotes/],
+    [{ MIXPANEL_DATA_URL: 'https://data.mixpanel.com/api/2.0/export' }, /^MIXPANEL_DATA_URL must be an http or https base URL/],
+    [{ MIXPANEL_DATA_URL: 'http://data.example' }, /^MIXPANEL_DATA_URL must be https.*ALLOW_HTTP_UPSTREAM=true/],
     [{ MERGE_GUARD: 'off' }, /^MERGE_GUARD must be one of refuse, warn\.$/],
     [{ MIXPANEL_REGION: 'mars' }, /^MIXPANEL_REGION must be one of us, eu, in\.$/],
     ...['ftp://x', 'x', 'http://u:p@x', 'http://x?a=1', 'http://x?', 'http://x#y'].map(url => [{ MIXPANEL_URL: url }, /^MIXPANEL_URL must be/] as [Record<string, string>, RegExp]),
@@ -138,6 +144,6 @@ t.test('docs/configuration.md and .env.example name every variable and its defau
   }
   for (const name of SECRETS) t.match(page, `\`${name}\` ⚿`)
   const usual = rows(readFileSync('README.md', 'utf8'))
-  t.equal(usual.length, 7)
+  t.equal(usual.length, 8)
   for (const [name, value] of usual) t.equal(value, Object.fromEntries(documented)[name!], `${name} in README.md`)
 })

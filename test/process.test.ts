@@ -1,6 +1,7 @@
 import { spawn } from 'node:child_process'
-import { existsSync, openSync, readFileSync } from 'node:fs'
+import { existsSync, openSync, readdirSync, readFileSync } from 'node:fs'
 import { connect } from 'node:net'
+import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
 import { parentOf } from '#src/commands/npm-parent.js'
@@ -78,6 +79,19 @@ t.test('an exception outside of requests is logged, and the process exits with 1
   child.kill('SIGUSR2')
   t.equal(await exit, 1)
   t.match(output(), /"level":60,.*outside.*"msg":"unhandled error"/)
+})
+
+t.test('no secret stays in the environment, which child processes and diagnostic reports have', async t => {
+  const { url } = await startSandbox(t)
+  const directory = temporary(t)
+  const secrets = { API_KEYS: 'web:CANARY-KEY-0123456789', JWT_SECRET: `CANARY-JWT-${'s'.repeat(32)}`, MIXPANEL_SERVICE_ACCOUNT: 'me:CANARY-SECRET', MIXPANEL_PROJECT_ID: '1' }
+  const { child } = await startServer(t, url, { ...secrets, NODE_OPTIONS: `--report-on-signal --report-directory=${directory}` })
+  child.kill('SIGUSR2')
+  while (readdirSync(directory).length === 0) await sleep(20)
+  await sleep(500)
+  const report = readFileSync(join(directory, String(readdirSync(directory)[0])), 'utf8')
+  t.match(report, /"MIXPANEL_PROJECT_ID": "1"/, 'the report has the environment')
+  t.same(leaks(report), [])
 })
 
 t.test('a port that is in use is exit 1 and a sentence', async t => {

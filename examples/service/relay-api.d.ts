@@ -75,7 +75,7 @@ export interface paths {
         put?: never;
         /**
          * Merge an anonymous user into a known one
-         * @description Sends one `$identify` event. `anon_id` becomes another id of the user `identified_id`. Mixpanel cannot undo a merge, and the first merge of an anonymous id wins. Repeating a request is safe.
+         * @description Sends one event that merges two ids: `anon_id` becomes another id of the user `identified_id`. Mixpanel cannot undo a merge, and the first merge of an anonymous id wins. Repeating a request is safe.
          */
         post: operations["identify"];
         delete?: never;
@@ -180,9 +180,9 @@ export interface components {
         Preview: {
             /**
              * @description The name of the event.
-             * @enum {string}
+             * @example $identify
              */
-            event: "$identify";
+            event: string;
             /** @description The properties of the event. The token is masked. */
             properties: {
                 [key: string]: unknown;

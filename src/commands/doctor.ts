@@ -107,4 +107,8 @@ async function checkMode (config: Config): Promise<string> {
   }
 }
 
-const causeOf = ({ code, message }: NodeJS.ErrnoException) => code === undefined ? message : `${code} (${message})`
+function causeOf ({ code, message }: NodeJS.ErrnoException): string {
+  // OpenSSL's messages have several lines.
+  const words = message.replace(/\s+/g, ' ').trim()
+  return code === undefined ? words : `${code} (${words})`
+}

@@ -22,7 +22,7 @@ const Query = Type.Object({
   dry_run: Flag('`1`: respond with the event that would be sent, its token masked, and send nothing.')
 }, { additionalProperties: false })
 
-const DESCRIPTION = 'Sends one `$identify` event. `anon_id` becomes another id of the user `identified_id`. ' +
+const DESCRIPTION = 'Sends one event that merges two ids: `anon_id` becomes another id of the user `identified_id`. ' +
   'Mixpanel cannot undo a merge, and the first merge of an anonymous id wins. Repeating a request is safe.'
 
 const MEANING = 'Mixpanel accepted the event. This does not mean that it merged the two ids, or will.'
