@@ -3,7 +3,7 @@ import { hash, randomBytes } from 'node:crypto'
 /** Small tables grow one at a time, so that a copy never doubles the memory. */
 const TABLES = 256
 const MAX_LOAD = 0.85
-const GROWTH = 1.3
+const GROWTH = 1.5
 
 /** The slots of one table, each two 32-bit halves of a digest; 0, 0 is an empty slot. */
 interface Table { slots: Uint32Array, count: number }
@@ -11,7 +11,7 @@ interface Table { slots: Uint32Array, count: number }
 export type DigestSet = ReturnType<typeof createDigestSet>
 
 /**
- * Returns a set of texts, kept as 64-bit digests with a random salt: at most 13 bytes for each of many. That any two of
+ * Returns a set of texts, kept as 64-bit digests with a random salt: at most 15 bytes for each of many. That any two of
  * a million texts have one digest has a probability of 1 in 30 million.
  */
 export function createDigestSet () {

@@ -67,7 +67,7 @@ async function checkTls (base: URL): Promise<string> {
   const host = hostOf(base)
   // A server name must not be an address (RFC 6066).
   const name = isIP(host) === 0 ? { servername: host } : {}
-  const socket = connect({ host, port: Number(base.port || 443), timeout: TIMEOUT_MS, ...name })
+  const socket = connect({ host, port: Number(base.port || 443), timeout: TIMEOUT_MS, rejectUnauthorized: true, ...name })
   socket.on('timeout', () => socket.destroy(new Error(`no answer in ${TIMEOUT_MS} ms`)))
   try {
     await once(socket, 'secureConnect')
@@ -79,8 +79,9 @@ async function checkTls (base: URL): Promise<string> {
 
 async function checkHttp (base: URL): Promise<string> {
   // Not fetch, which refuses the ports of other protocols.
-  const get = base.protocol === 'https:' ? https.get : http.get
-  const request = get(`${base.href.replace(/\/+$/, '')}/`, { timeout: TIMEOUT_MS })
+  const url = `${base.href.replace(/\/+$/, '')}/`
+  const options = { timeout: TIMEOUT_MS, rejectUnauthorized: true }
+  const request = base.protocol === 'https:' ? https.get(url, options) : http.get(url, options)
   request.on('timeout', () => request.destroy(new Error(`no answer in ${TIMEOUT_MS} ms`)))
   const [{ statusCode: status }] = await once(request, 'response') as [IncomingMessage]
   request.destroy()

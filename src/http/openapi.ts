@@ -13,7 +13,7 @@ const about = {
     version: '1',
     license: { name: 'MIT', identifier: 'MIT' },
     contact: { name: 'The operator of this relay' },
-    description: 'Validates pairs of ids, adds the project token, and sends them to Mixpanel as events that merge them: ' +
+    description: 'Validates pairs of ids, adds the project token, and sends Mixpanel the events that merge them: ' +
       '`$identify` in projects with Original ID Merge, an ordinary event in those with Simplified ID Merge.'
   },
   servers: [{ url: 'http://127.0.0.1:8080', description: 'The default HOST and PORT.' }],

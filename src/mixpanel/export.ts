@@ -1,8 +1,10 @@
 import { StringDecoder } from 'node:string_decoder'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { createGunzip } from 'node:zlib'
+import { once } from 'node:events'
+import http, { type IncomingMessage } from 'node:http'
+import https from 'node:https'
 import type { Readable } from 'node:stream'
-import { request, type Dispatcher } from 'undici'
 import type { Config } from '../config.ts'
 import { createCredentials } from './credentials.ts'
 
@@ -60,26 +62,21 @@ export async function * exportEvents (
     if (!/later than today/i.test(text)) throw refusal(400, text)
     response = await ask(addDays(today, -1))
   }
-  if (response.statusCode !== 200) throw refusal(response.statusCode, await textOf(response))
+  if (response.statusCode !== 200) throw refusal(Number(response.statusCode), await textOf(response))
   yield * readEvents(response)
 
-  async function ask (lastDay: string): Promise<Dispatcher.ResponseData> {
+  async function ask (lastDay: string): Promise<IncomingMessage> {
     const base = (config.MIXPANEL_DATA_URL ?? config.MIXPANEL_URL ?? BASE_URLS[config.MIXPANEL_REGION])
     const query = new URLSearchParams({
       project_id: String(config.MIXPANEL_PROJECT_ID), from_date: from, to_date: lastDay, event: JSON.stringify([event])
     })
     const account = Buffer.from(String(config.MIXPANEL_SERVICE_ACCOUNT)).toString('base64')
+    const url = `${base.replace(/\/+$/, '')}/api/2.0/export?${query}`
     for (let tries = 1; ; tries++) {
-      const answer = await request(`${base.replace(/\/+$/, '')}/api/2.0/export?${query}`, {
-        headers: { authorization: `Basic ${account}`, 'accept-encoding': 'gzip', accept: 'text/plain' },
-        headersTimeout: SILENCE_MS,
-        bodyTimeout: SILENCE_MS
-      }).catch((error: NodeJS.ErrnoException) => {
-        throw new ExportError(`Mixpanel cannot be reached (${error.code ?? error.message})`)
-      })
-      const { statusCode: status, headers } = answer
+      const answer = await get(url, { authorization: `Basic ${account}`, 'accept-encoding': 'gzip' })
+      const { statusCode: status = 0, headers } = answer
       if ((status !== 429 && status < 500) || tries === MAX_TRIES) return answer
-      await answer.body.dump()
+      answer.destroy()
       const asked = Number(headers['retry-after'])
       const backoff = Math.min(2 ** tries, 60) + 1 + Math.random() * 4
       await pause(asked > 0 ? Math.min(asked, MAX_WAIT_SECONDS) : backoff)
@@ -98,8 +95,26 @@ export async function * exportEvents (
   }
 }
 
+/**
+ * Resolves with an answer, whose body is read no faster than it is used. undici would read on while its consumer is
+ * slow: a million rows took 300 MB of memory.
+ */
+async function get (url: string, headers: Record<string, string>): Promise<IncomingMessage> {
+  // NODE_TLS_REJECT_UNAUTHORIZED must not let the account reach another server.
+  const options = { headers, timeout: SILENCE_MS, rejectUnauthorized: true }
+  const request = url.startsWith('https:') ? https.get(url, options) : http.get(url, options)
+  request.on('timeout', () => request.destroy(new Error(`no answer in ${SILENCE_MS / 1000} s`)))
+  try {
+    const [answer] = await once(request, 'response') as [IncomingMessage]
+    return answer
+  } catch (error) {
+    const { code, message } = error as NodeJS.ErrnoException
+    throw new ExportError(`Mixpanel cannot be reached (${code ?? message})`)
+  }
+}
+
 /** Resolves with the beginning of an answer, for people. */
-async function textOf ({ body }: Dispatcher.ResponseData): Promise<string> {
+async function textOf (body: IncomingMessage): Promise<string> {
   let text = ''
   for await (const chunk of body) {
     text += String(chunk)
@@ -108,7 +123,8 @@ async function textOf ({ body }: Dispatcher.ResponseData): Promise<string> {
   return text
 }
 
-async function * readEvents ({ headers, body }: Dispatcher.ResponseData): AsyncGenerator<ExportedEvent[]> {
+async function * readEvents (body: IncomingMessage): AsyncGenerator<ExportedEvent[]> {
+  const { headers } = body
   const isGzip = headers['content-encoding'] === 'gzip'
   // Otherwise an answer that was cut between two lines would look complete.
   const hasEnd = isGzip || headers['content-length'] !== undefined || headers['transfer-encoding'] === 'chunked'

@@ -24,8 +24,16 @@ function * rows () {
     const line = `${JSON.stringify({
       event: '$identify',
       properties: {
-        time: 1772452800 + row % 3600, distinct_id: `user-${row}`, $identified_id: `user-${row}`, $anon_id: `2c93fdf3-4fbf-4fec-baaf-${String(row).padStart(12, '0')}`,
-        $insert_id: idOf(row), mp_processing_time_ms: 1772452800000, $city: 'Berlin', $region: 'Berlin', mp_country_code: 'DE', ...isRefused(row) && { $failure_reason: 'errManyIDs' }
+        time: 1772452800 + row % 3600,
+distinct_id: `user-${row}`,
+$identified_id: `user-${row}`,
+$anon_id: `2c93fdf3-4fbf-4fec-baaf-${String(row).padStart(12, '0')}`,
+        $insert_id: idOf(row),
+mp_processing_time_ms: 1772452800000,
+$city: 'Berlin',
+$region: 'Berlin',
+mp_country_code: 'DE',
+...isRefused(row) && { $failure_reason: 'errManyIDs' }
       }
     })}\n`
     text += row % 1000 === 8 || isRefused(row) ? line + line : line
