@@ -1,4 +1,5 @@
 import fs, { chmodSync, cpSync, linkSync, readdirSync, readFileSync, renameSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
+import { randomUUID } from 'node:crypto'
 import { syncBuiltinESMExports } from 'node:module'
 import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -12,7 +13,7 @@ import { openDatabase } from '#src/outbox/database.js'
 import { answerCalls } from '#src/outbox/database-calls.js'
 import { MAX_ENTRIES, type Limits, type Outbox } from '#src/outbox/outbox.js'
 import { connectOutbox, openSqlite } from '#src/outbox/sqlite.js'
-import { identity, silent } from './helper.ts'
+import { identity, silent, temporary } from './helper.ts'
 import { event, PROJECT, testPromises, project } from './outbox-promises.ts'
 
 const OTHER = project('another')
@@ -42,6 +43,20 @@ t.test('the SQLite outbox keeps the promises of an outbox', async t => {
 t.test('it does so with the database in this thread', async t => {
   const directory = join(t.testdir({}), 'relay')
   await testPromises(t, (maxEntries = MAX_ENTRIES) => open(directory, PROJECT, silent, { maxEntries }))
+})
+
+t.test('a directory belongs to one mode of a project while it holds events', async t => {
+  const path = temporary(t)
+  const first = await open(path, project('original', [], 'simplified'))
+  await first.put(event('u', randomUUID()))
+  await first.close()
+  await t.rejects(open(path, project('simplified', [], 'original')), { message: /another MIXPANEL_ID_MERGE/ })
+  const again = await open(path, project('original', [], 'simplified'))
+  const [entry] = await again.next(1)
+  await again.ack([entry as NonNullable<typeof entry>])
+  await again.close()
+  const second = await open(path, project('simplified', [], 'original'))
+  await second.close()
 })
 
 t.test('a directory belongs to one process and one project, and its files to their owner', async t => {

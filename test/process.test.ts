@@ -54,7 +54,11 @@ t.test('the demo prints its examples, serves, and ends at Ctrl-C', async t => {
   const answer = await fetch(`${url}/identify`, { method: 'POST', body: JSON.stringify(identity()) })
   t.same(await answer.json(), { status: 'accepted' })
   t.equal((await fetch(`${url}/openapi.json`)).status, 200)
-  const taken = startProcess(t, 'dist/sandbox/demo.js', [], { PORT: new URL(url as string).port }, { isCovered: true })
+  t.match(output(), /"verdict":"refused","reason":"errAnonDistinctIdAssignedAlready"/, 'it ends with verify')
+  const wrong = startProcess(t, 'dist/sandbox/demo.js', ['legacy'], {}, { isCovered: true })
+  t.equal(await wrong.exit, 1)
+  t.match(wrong.output(), /npm run demo -- simplified/)
+  const taken = startProcess(t, 'dist/sandbox/demo.js', ['simplified'], { PORT: new URL(url as string).port }, { isCovered: true })
   t.equal(await taken.exit, 1)
   t.match(taken.output(), /PORT=18080 npm run demo/)
   child.kill('SIGINT')
@@ -69,6 +73,12 @@ t.test('the sandbox runs alone', async t => {
   t.match(await strict.json(), { failed_records: [{ index: 0, field: 'properties.time' }] })
   child.kill('SIGTERM')
   t.equal(await exit, 0)
+})
+
+t.test('the sandbox imitates one of three modes', async t => {
+  const wrong = startProcess(t, 'dist/sandbox/server.js', [], { SANDBOX_MODE: 'other' }, { isCovered: true })
+  t.equal(await wrong.exit, 1)
+  t.match(wrong.output(), /SANDBOX_MODE must be original, simplified or legacy/)
 })
 
 t.test('an exception outside of requests is logged, and the process exits with 1', async t => {

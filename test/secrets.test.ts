@@ -135,6 +135,7 @@ t.test('a swapped secret of Kubernetes takes effect without a restart, and the o
     MIXPANEL_TOKEN_FILE: secret.path('token'),
     MIXPANEL_TOKEN: '',
     API_KEYS_FILE: secret.path('keys'),
+    JWT_SECRET: `CANARY-JWT-${'s'.repeat(32)}`,
     MIXPANEL_PROJECT_ID: '42',
     OUTBOX: `file:${temporary(t)}`
   }

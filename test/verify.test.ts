@@ -1,4 +1,5 @@
 import { readFileSync, writeFileSync } from 'node:fs'
+import { randomUUID } from 'node:crypto'
 import { createServer, type RequestListener } from 'node:http'
 import { createServer as createTlsServer } from 'node:https'
 import { once } from 'node:events'
@@ -144,6 +145,9 @@ t.test('a limit and a failure are waited for, as long as Mixpanel asks', async t
   const down = await startData(t, answer('busy', 503))
   await t.rejects(events(down.url), { message: /answered 503 \(busy\)/ })
   t.equal(down.urls.length, 7)
+  const brief = await startData(t, (_, response) => { response.writeHead(429, { 'retry-after': '0.01' }).end() }, answer(lines([event('1')])))
+  for await (const part of exportEvents(config(brief.url), { from: '2026-03-01', to: '2026-03-02', event: '$identify' })) t.equal(part.length, 1)
+  t.equal(brief.urls.length, 2)
   const always = await startData(t, limited)
   await t.rejects(events(always.url), { message: /limits the exports.*an hour/ })
 })
@@ -193,9 +197,19 @@ t.test('verify reads the log and the export of a relay, as processes', async t =
   t.match(output(), new RegExp(`"verdict":"not_seen","insert_id":"${'f'.repeat(32)}"`))
   t.match(output(), /"verdict":"refused","reason":"errAnonDistinctIdAssignedAlready"/)
   t.same(leaks(output()), [])
-  const missing = startProcess(t, SERVER, ['verify', ...days, '--sent', '/nowhere/relay.log'], env)
+  const missing = startProcess(t, SERVER, ['verify', ...days, '--sent', '/nowhere/relay.log'], env, { isCovered: true })
   t.equal(await missing.exit, 1)
   t.match(missing.output(), /The log cannot be read \(ENOENT\)/)
+  const user = randomUUID()
+  const batchOfMany = { identities: Array.from({ length: 400 }, () => identity({ identified_id: user })) }
+  const second = await startServer(t, sandbox.url)
+  await fetch(`${second.url}/identify/batch`, { method: 'POST', headers: { 'content-type': 'application/json' }, body: JSON.stringify(batchOfMany) })
+  await second.kill('SIGTERM')
+  const piped = startProcess(t, SERVER, ['verify', ...days, '--sent', '-', '--all'], env, { isCovered: true })
+  piped.child.stdin?.end(second.output())
+  t.equal(await piped.exit, 2)
+  t.match(piped.output(), /refused: 1, merged: 404, no_failure: 0, not_seen: 0/)
+  t.equal(piped.output().trim().split('\n').filter(line => line.startsWith('{')).length, 405, 'a long output is whole')
   sandbox.faults.add({ name: 'cut', ms: 0 })
   const broken = startProcess(t, SERVER, ['verify', ...days], env)
   t.equal(await broken.exit, 1)
@@ -217,11 +231,14 @@ t.test('doctor looks at the way to Mixpanel and sends no identity; --id-merge as
   t.equal(right.code, 0)
   t.match(right.output, /two equal ids.*stored, and free.*ok {6}mode: the project does not have Simplified ID Merge/s)
   t.same(sandbox.ledger.rows().map(({ outcome }) => outcome), ['errSameIDs'], 'nothing merges')
-  t.match(await run(['--id-merge'], { MIXPANEL_ID_MERGE: 'simplified' }), { code: 1, output: /FAILED {2}mode: the project needs MIXPANEL_ID_MERGE=original\n.*1 of 3 checks failed/s })
+  t.match(await run(['--id-merge'], { MIXPANEL_ID_MERGE: 'simplified' }, { isCovered: true }), { code: 1, output: /FAILED {2}mode: the project needs MIXPANEL_ID_MERGE=original\n.*1 of 3 checks failed/s })
   const simplified = await startSandbox(t, { mode: 'simplified' })
   t.match(await run(['--id-merge'], { MIXPANEL_URL: simplified.url }), { code: 1, output: /the project needs MIXPANEL_ID_MERGE=simplified/ })
   t.match(await run(['--id-merge'], { MIXPANEL_URL: simplified.url, MIXPANEL_ID_MERGE: 'simplified' }, { isCovered: true }), { code: 0, output: /the project has Simplified ID Merge/ })
-  t.match(await run(['--id-merge'], { MIXPANEL_TOKEN: 'another' }), { code: 1, output: /cannot be told: mixpanel_rejected_credentials/ })
+  t.match(await run(['--id-merge'], { MIXPANEL_TOKEN: 'another' }, { isCovered: true }), { code: 1, output: /cannot be told: mixpanel_rejected_credentials/ })
+  sandbox.faults.add({ name: 'refused', times: 9 })
+  t.match(await run(['--id-merge'], {}, { isCovered: true }), { code: 1, output: /cannot be told: refused_by_mixpanel \(event, invalid\)|cannot be told: refused_by_mixpanel/ })
+  sandbox.faults.clear()
   sandbox.faults.add({ name: 'edge_down', times: 9 })
   t.match(await run(['--id-merge'], {}), { code: 1, output: /cannot be told: mixpanel_unreachable/ })
   t.match(await run([], { MIXPANEL_URL: 'http://127.0.0.1:9' }), { code: 1, output: /FAILED {2}HTTP: ECONNREFUSED/ })
@@ -233,9 +250,16 @@ t.test('doctor looks at the way to Mixpanel and sends no identity; --id-merge as
   t.teardown(() => { tls.close() })
   const secure = { MIXPANEL_URL: `https://localhost:${(tls.address() as AddressInfo).port}`, NODE_EXTRA_CA_CERTS: 'test/localhost.pem' }
   t.match(await run([], secure, { isCovered: true }), { code: 0, output: /ok {6}TLS: TLSv1\.\d, and the certificate is valid until .*\nok {6}HTTP: it answered 200/ })
-  t.match(await run(['x'], {}), { code: 1, output: /doctor takes only --id-merge/ })
+  t.match(await run(['x'], {}, { isCovered: true }), { code: 1, output: /doctor takes only --id-merge/ })
   const down = await startData(t, answer('', 503))
-  t.match(await run([], { MIXPANEL_URL: down.url }), { code: 1, output: /FAILED {2}HTTP: it answered 503/ })
+  t.match(await run([], { MIXPANEL_URL: down.url }, { isCovered: true }), { code: 1, output: /FAILED {2}HTTP: it answered 503/ })
+})
+
+t.test('a bug is not told as an incomplete export', async t => {
+  const { url } = await startData(t, answer(lines([event('1')])))
+  const broken = { ...config(url) } as ReturnType<typeof config>
+  Object.defineProperty(broken, 'MIXPANEL_DATA_URL', { get () { throw new TypeError('a bug') } })
+  await t.rejects((async () => { for await (const _ of verifyCommand(broken, DAY, {} as never)) t.fail(_) })(), { name: 'TypeError', message: 'a bug' })
 })
 
 t.test('the sandbox exports with lag, and only to whom may read', async t => {
@@ -250,5 +274,11 @@ t.test('the sandbox exports with lag, and only to whom may read', async t => {
   t.equal((await get(`project_id=1&${days}`, 'x:y')).status, 401)
   t.equal((await get(`project_id=2&${days}`)).status, 403)
   t.equal((await get('project_id=1&from_date=1')).status, 400)
+  t.equal((await get('project_id=1')).status, 400)
+  const now = await startSandbox(t, { mode: 'simplified', serviceAccounts: [ACCOUNT] })
+  now.ledger.add('track', { event: 'x', properties: { time: Date.now() / 1000, distinct_id: 'u', $device_id: 'd', $user_id: 'u' } })
+  now.ledger.add('track', { event: 'x', properties: { time: Date.now() / 1000, $device_id: 'd', $user_id: 'v' } })
+  const all = await fetch(`${now.url}/api/2.0/export?project_id=1&${days}`, { headers: { authorization: `Basic ${btoa(ACCOUNT)}` } })
+  t.match(await all.text(), /"\$distinct_id_before_identity".*\n.*"\$identity_failure_reason":"errAnonDistinctIdAssignedAlready"/, 'without names every event is exported')
   t.match(await get('project_id=1&from_date=2026-01-01&to_date=2999-01-01'), { status: 400, text: /later than today/ })
 })

@@ -67,7 +67,8 @@ async function checkTls (base: URL): Promise<string> {
   const host = hostOf(base)
   // A server name must not be an address (RFC 6066).
   const name = isIP(host) === 0 ? { servername: host } : {}
-  const socket = connect({ host, port: Number(base.port || 443), timeout: TIMEOUT_MS, rejectUnauthorized: true, ...name })
+  const port = Number(base.port || 443)
+  const socket = connect({ host, port, timeout: TIMEOUT_MS, rejectUnauthorized: true, ...name })
   socket.on('timeout', () => socket.destroy(new Error(`no answer in ${TIMEOUT_MS} ms`)))
   try {
     await once(socket, 'secureConnect')

@@ -50,9 +50,10 @@ export function createMergeGuard (config: Settings, log: Log, maxPairs = MAX_PAI
     add(anon, -1)
   }
 
-  function forgetOld (now: number): void {
+  /** Forgets the pairs that have not been used since `time`, and the oldest if there are more than `maxCount`. */
+  function forget (time: number, maxCount: number): void {
     for (const [name, pair] of pairs) {
-      if (pairs.size < maxPairs && pair.usedAt > now - config.MERGE_GUARD_WINDOW_MS) return
+      if (pairs.size <= maxCount && pair.usedAt > time) return
       remove(name, pair)
     }
   }
@@ -77,12 +78,14 @@ export function createMergeGuard (config: Settings, log: Log, maxPairs = MAX_PAI
       known.inFlight++
       return known
     }
-    forgetOld(now)
+    const expired = now - config.MERGE_GUARD_WINDOW_MS
+    forget(expired, maxPairs)
     const rule = exceeded(user, anon)
     if (rule !== undefined) {
       if (config.MERGE_GUARD === 'refuse') return suspicious(rule)
       log.warn({ insert_id: insertId, rule }, 'suspicious identity')
     }
+    forget(expired, maxPairs - 1)
     const pair = { user, anon, usedAt: now, inFlight: 1, isKept: false }
     pairs.set(name, pair)
     add(user, 1)
