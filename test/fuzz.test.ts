@@ -1,10 +1,12 @@
 import { t } from 'tap'
 import { fuzzBodies, fuzzBytes } from './fuzz.ts'
 
-t.test('any body gets 200 or 400, and Mixpanel gets only what its strict validation accepts', async t => {
-  await fuzzBodies(t, { mutations: 1000, arbitrary: 300 })
+// test/slow/fuzz.test.ts has the same with more cases.
+
+t.test('requests of all sorts of callers are answered by the rules, and Mixpanel gets the identities of allowed ones', async t => {
+  await fuzzBodies(t, 3000)
 })
 
-t.test('any mutated request gets an answer or a closed connection, and the relay still serves', async t => {
-  await fuzzBytes(t, 200)
+t.test('of mutated bytes, Mixpanel gets only identities of allowed and unambiguous requests', async t => {
+  await fuzzBytes(t, 1000)
 })

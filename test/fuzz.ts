@@ -1,80 +1,164 @@
-import { randomUUID } from 'node:crypto'
 import fc from 'fast-check'
 import type { Test } from 'tap'
-import { identity, listen, startRelay } from './helper.ts'
-import { exchange } from './raw-http.ts'
+import { finalStatuses, mustSend, pairsOf, rawCase, send, type RawCase } from './fuzz-bytes.ts'
+import { judge, pairOf, requestCase, type Case } from './fuzz-bodies.ts'
+import { CLOSED, KEYS, secretsIn } from './fuzz-callers.ts'
+import { identity, listen, startRelay, type Relay } from './helper.ts'
+import { readRequests } from './http-reader.ts'
+import { exchange, post } from './raw-http.ts'
 import { failedRecords } from '#src/sandbox/records.js'
 
-/** Values near the rules' edges, so that a mutation is sometimes still valid. */
-const value = fc.oneof(
-  fc.constantFrom(null, true, 0, -1, 1e308, '', ' ', 'null', 'undefined', '$device:x', 'user-1', 'é😀', '\u0000', '\ud800', 'x'.repeat(255),
-    'x'.repeat(256), [], {}, { a: { b: 1 } }, { a: { b: { c: 1 } } }, randomUUID(), randomUUID().toUpperCase(), `$device:${randomUUID()}`,
-    '00000000-0000-0000-0000-000000000000'),
-  fc.string({ unit: 'binary', maxLength: 300 }), fc.jsonValue({ maxDepth: 5 }))
-const name = fc.oneof(fc.constantFrom('identified_id', 'anon_id', 'distinct_id', 'properties', 'token', '__proto__', 'constructor', 'toString', ''),
-  fc.string({ maxLength: 20 }))
-const propertyName = fc.oneof(fc.constantFrom('token', '$insert_id', 'mp_x', 'plan', '__proto__', 'time', 'x'.repeat(255), 'x'.repeat(256)), name)
+/** Cases that run at the same time. */
+const CHUNK = 64
 
-/** One change to a body: a field set or left out, or a property set. */
-const mutation = fc.oneof(
-  { weight: 3, arbitrary: fc.record({ kind: fc.constant('set' as const), name, value }) },
-  { weight: 1, arbitrary: fc.record({ kind: fc.constant('delete' as const), name, value: fc.constant(null) }) },
-  { weight: 3, arbitrary: fc.record({ kind: fc.constant('property' as const), name: propertyName, value }) })
+const ENV = { ...CLOSED, LOG_LEVEL: 'info', MIXPANEL_TIMEOUT_MS: '10000' }
 
-function mutate (body: Record<string, unknown>, { kind, name, value }: { kind: string, name: string, value: unknown }) {
-  if (kind === 'delete') return Object.fromEntries(Object.entries(body).filter(([key]) => key !== name))
-  if (kind === 'set') return { ...body, [name]: value }
-  return { ...body, properties: { ...Object(body.properties), [name]: value } }
-}
-
-/** Posts so many mutations of a valid identity, and so many arbitrary bodies. */
-export async function fuzzBodies (t: Test, { mutations, arbitrary }: { mutations: number, arbitrary: number }) {
-  const { app, sandbox } = await startRelay(t, { env: { LOG_LEVEL: 'silent' } })
-  const statuses = new Map<number, number>()
-  let sent = 0
-
-  async function check (payload: string): Promise<boolean> {
-    const answer = await app.inject({ method: 'POST', url: '/identify', payload, headers: { 'content-type': 'application/json' } })
-    statuses.set(answer.statusCode, (statuses.get(answer.statusCode) ?? 0) + 1)
-    if (answer.statusCode === 200) sent++
-    const problem = answer.statusCode === 200 ? undefined : answer.json()
-    return answer.statusCode === 200
-      ? answer.body === '{"status":"accepted"}'
-      : answer.statusCode === 400 && problem.code === 'invalid_request' && problem.errors.length > 0
+/**
+ * Checks so many cases in chunks. `check` returns the faults of a chunk. If there are any, fast-check looks for the
+ * smallest case that fails alone: in this chunk, and in the last one, whose requests may have outlived it. FUZZ_SEED
+ * repeats a chunk.
+ */
+async function fuzz<T> (t: Test, arbitrary: fc.Arbitrary<T>, count: number, check: (cases: T[]) => Promise<string[]>): Promise<void> {
+  const first = Number(process.env.FUZZ_SEED ?? Date.now() % 2 ** 31)
+  t.comment(`FUZZ_SEED=${first}`)
+  for (let done = 0; done < count; done += CHUNK) {
+    const seed = first + done / CHUNK
+    const faults = await check(fc.sample(arbitrary, { seed, numRuns: Math.min(CHUNK, count - done) }))
+    if (faults.length === 0) continue
+    t.comment(`FUZZ_SEED=${seed}: ${faults.join('\n')}`)
+    for (const one of [seed, seed - 1]) {
+      await fc.assert(fc.asyncProperty(arbitrary, async one => {
+        const faults = await check([one])
+        if (faults.length > 0) throw new Error(faults.join('\n'))
+      }), { seed: one, numRuns: CHUNK })
+    }
+    throw new Error(`only cases that run at the same time fail: ${faults.join('\n')}`)
   }
-  const isHandled = (payloads: fc.Arbitrary<string>, numRuns: number) => fc.assert(fc.asyncProperty(payloads, check), { numRuns })
-
-  await isHandled(fc.array(mutation, { minLength: 1, maxLength: 3 }).map(list => {
-    const user = identity()
-    return JSON.stringify(list.reduce(mutate, { ...user, distinct_id: user.identified_id, properties: { plan: 'pro' } } as Record<string, unknown>))
-  }), mutations)
-  t.ok((statuses.get(200) ?? 0) > mutations / 20, `more than a twentieth of the mutations is valid, and ${statuses.get(200)} were`)
-  t.ok((statuses.get(400) ?? 0) > mutations / 2, `more than half of the mutations is invalid, and ${statuses.get(400)} were`)
-  await isHandled(fc.oneof(fc.json(), fc.string({ unit: 'binary' }), fc.jsonValue().map(json => JSON.stringify({ identified_id: json, anon_id: json }))), arbitrary)
-
-  t.equal(sandbox.requests.length, sent, 'Mixpanel gets one request for each 200 and none for a 400')
-  const events = sandbox.requests.map(({ body }) => JSON.parse(new URLSearchParams(body).get('data') ?? ''))
-  t.same(failedRecords(events, Math.floor(Date.now() / 1000)), [], 'every event passes the strict validation')
-  t.same(sandbox.ledger.rows().filter(row => row.outcome !== 'merged' && row.outcome !== 'repeat' &&
-    row.outcome !== 'errAnonDistinctIdAssignedAlready' && row.outcome !== 'errManyIDs'), [], 'no malformed event reached Mixpanel')
 }
 
-/** Sends a valid request so many times, with up to four bytes changed. */
-export async function fuzzBytes (t: Test, runs: number) {
-  const { port, sandbox } = await listen(t, { env: { LOG_LEVEL: 'silent' } })
-  const body = JSON.stringify(identity())
-  const whole = Buffer.from(`POST /identify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: ${body.length}\r\nconnection: close\r\n\r\n${body}`)
-  let answered = 0
-  const change = fc.record({ at: fc.nat(whole.length - 1), byte: fc.nat(255) })
-  await fc.assert(fc.asyncProperty(fc.array(change, { minLength: 1, maxLength: 4 }), async changes => {
-    const bytes = Buffer.from(whole)
-    for (const { at, byte } of changes) bytes[at] = byte
-    const answer = await exchange(port, bytes, { ms: 40 })
-    if (answer !== '') answered++
-    return answer === '' || /^HTTP\/1\.1 (200|4\d\d) /.test(answer)
-  }), { numRuns: runs })
-  t.ok(answered > runs / 2, `more than half of the requests is answered, and ${answered} were`)
-  const before = sandbox.requests.length
-  t.match(await exchange(port, whole, { ms: 1000 }), /^HTTP\/1\.1 200/)
-  t.equal(sandbox.requests.length, before + 1, 'a valid request is still sent')
+/** Counts what a relay answers and sends. */
+function createTally ({ sandbox, lines, relay }: Relay) {
+  const statuses: Record<number, number> = {}
+  const allowed = createMultiset()
+  let [identities, requests] = [0, 0]
+  return {
+    statuses,
+    add: (status: number) => { statuses[status] = (statuses[status] ?? 0) + 1 },
+    text: () => `${JSON.stringify(statuses)}, ${identities} identities in ${requests} requests at Mixpanel`,
+
+    /** Compares what Mixpanel got since the last call with what it may and must get, and forgets it. */
+    async faultsAtMixpanel (may: string[], must: string[]): Promise<string[]> {
+      do await new Promise(resolve => setImmediate(resolve)); while (relay.state().in_flight > 0)
+      // The request of a caller that has disconnected may arrive with a later chunk.
+      for (const pair of may) allowed.add(pair)
+      const events = sandbox.requests.splice(0).flatMap(({ body }) => {
+        requests++
+        return [JSON.parse(new URLSearchParams(body).get('data') ?? '')].flat()
+      })
+      identities += events.length
+      const sent = events.map(({ properties }) => pairOf(properties.$identified_id, properties.$anon_id))
+      const received = createMultiset(sent)
+      const outcomes = sandbox.ledger.rows().map(({ outcome }) => outcome)
+      const isIdentity = (outcome: string) => ['merged', 'repeat', 'errAnonDistinctIdAssignedAlready', 'errManyIDs'].includes(outcome)
+      const text = lines.splice(0).join('')
+      sandbox.ledger.clear()
+      return [
+        ...sent.filter(pair => !allowed.take(pair)).map(pair => `at Mixpanel without permission: ${pair}`),
+        ...must.filter(pair => !received.take(pair)).map(pair => `accepted, and not at Mixpanel: ${pair}`),
+        ...events.filter(({ properties }) => properties.distinct_id !== properties.$identified_id).map(event => `two users at Mixpanel: ${JSON.stringify(event)}`),
+        ...failedRecords(events, Math.floor(Date.now() / 1000)).map(record => `refused by strict validation: ${JSON.stringify(record)}`),
+        ...outcomes.filter(outcome => !isIdentity(outcome)).map(outcome => `malformed at Mixpanel: ${outcome}`),
+        ...secretsIn(text).map(secret => `in the log: ${secret}`)
+      ]
+    }
+  }
+}
+
+/** Returns a set that may have a member several times. */
+function createMultiset (list: string[] = []) {
+  const counts = new Map<string, number>()
+  const add = (one: string) => { counts.set(one, (counts.get(one) ?? 0) + 1) }
+  list.forEach(add)
+  return {
+    add,
+    /** Takes one out, and returns false if there is none. */
+    take (one: string): boolean {
+      const count = counts.get(one) ?? 0
+      if (count > 0) counts.set(one, count - 1)
+      return count > 0
+    }
+  }
+}
+
+/** Sends so many requests of all sorts of callers, and compares each response, and all that Mixpanel gets, with a model. */
+export async function fuzzBodies (t: Test, count: number): Promise<void> {
+  const relay = await startRelay(t, { env: ENV })
+  const tally = createTally(relay)
+
+  await fuzz(t, requestCase, count, async (cases: Case[]) => {
+    const judged = await Promise.all(cases.map(async one => {
+      const { path, query, headers, payload } = one
+      const answer = await relay.inject({ method: 'POST', url: path + query, headers, payload })
+      tally.add(answer.statusCode)
+      const { faults, pairs } = judge(one, answer)
+      const all = [...faults, ...secretsIn(JSON.stringify(answer.headers) + answer.payload).map(secret => `in the answer: ${secret}`)]
+      return { pairs, faults: all.map(fault => `${fault}: ${path}${query} ${JSON.stringify(headers)} ${payload}`) }
+    }))
+    const pairs = judged.flatMap(({ pairs }) => pairs)
+    return [...judged.flatMap(({ faults }) => faults), ...await tally.faultsAtMixpanel(pairs, pairs)]
+  })
+
+  t.comment(`${count} cases: ${tally.text()}`)
+  const atLeast = { 200: 0.06, 207: 0.01, 400: 0.1, 401: 0.15, 403: 0.1, 404: 0.01, 415: 0.03 }
+  for (const [status, share] of Object.entries(atLeast)) {
+    const times = tally.statuses[Number(status)] ?? 0
+    t.ok(times > share * count, `at least ${share * count} cases are ${status}, and ${times} were`)
+  }
+  t.same(await tally.faultsAtMixpanel([], []), [], 'nothing else reaches Mixpanel')
+}
+
+/**
+ * Sends so many mutated requests through sockets. Of each connection a second reader of HTTP, which refuses what two
+ * servers could read differently, names the identities that Mixpanel may get.
+ */
+export async function fuzzBytes (t: Test, count: number): Promise<void> {
+  const relay = await listen(t, { env: ENV })
+  const tally = createTally(relay)
+  let [answered, late] = [0, 0]
+
+  await fuzz(t, rawCase, count, async (cases: RawCase[]) => {
+    const judged = await Promise.all(cases.map(async one => {
+      const reading = readRequests(one.text)
+      const { requests, isBegun } = reading
+      const { received, isLate } = await send(relay.port, one)
+      const statuses = finalStatuses(received)
+      if (statuses.length > 0) answered++
+      if (isLate) late++
+      for (const status of statuses) tally.add(status)
+      const faults = [
+        ...statuses.filter(status => status >= 500).map(status => `${status}`),
+        // A request that is refused before its body arrives may get a second answer, when the body is malformed or ends early.
+        ...statuses.length > requests.length + 2 || statuses.slice(requests.length + (isBegun ? 1 : 0)).some(status => status < 400)
+          ? [`${statuses} for ${requests.length} requests`]
+          : [],
+        ...secretsIn(received).map(secret => `in the answer: ${secret}`),
+        ...received === '' || received.startsWith('HTTP/1.1 ') ? [] : [`an answer that is not HTTP: ${received}`]
+      ]
+      return {
+        faults: faults.map(fault => `${fault}: ${JSON.stringify(one.text)}`),
+        may: requests.flatMap(request => pairsOf(request)),
+        must: one.isIntact ? mustSend(reading) : []
+      }
+    }))
+    const [may, must] = [judged.flatMap(({ may }) => may), judged.flatMap(({ must }) => must)]
+    return [...judged.flatMap(({ faults }) => faults), ...await tally.faultsAtMixpanel(may, must)]
+  })
+
+  t.comment(`${count} mutations, ${answered} answered, ${late} not closed in time: ${tally.text()}`)
+  t.ok(answered > count / 2, `more than half of the mutations are answered, and ${answered} were`)
+  t.ok((tally.statuses[200] ?? 0) > count / 20, `more than a twentieth of them are accepted, and ${tally.statuses[200]} were`)
+  const last = identity()
+  const pairs = [pairOf(last.identified_id, last.anon_id)]
+  t.match(await exchange(relay.port, post(JSON.stringify(last), `x-api-key: ${KEYS[0]}\r\n`), { answers: 1 }), /^HTTP\/1\.1 200 /, 'the relay still serves')
+  t.same(await tally.faultsAtMixpanel(pairs, pairs), [], 'nothing else reaches Mixpanel')
 }
