@@ -110,7 +110,7 @@ export function createBatcher<Item, Result> ({
   function scheduleExpiry (): void {
     const [first] = queue
     if (first === undefined || late === undefined) return
-    expiry ??= setTimeout(() => expire(late), first.since + late.afterMs - performance.now())
+    expiry ??= setTimeout(() => expire(late), first.since + late.afterMs - performance.now()).unref()
   }
 
   function expire ({ afterMs, result }: { afterMs: number, result: Result }): void {

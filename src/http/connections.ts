@@ -3,12 +3,10 @@ import type { Socket } from 'node:net'
 import fp from 'fastify-plugin'
 import type { Config } from '../config.ts'
 import { addressKey, createNetworks } from './address.ts'
+import { MAX_HEADERS, mustBeLast } from './framing.ts'
 import { linger } from './lingering-close.ts'
 import { createReadThrottle, type ReadingCost } from './read-throttle.ts'
 import { createPipelining, endAfterAnswers, isLast, unfinished, type Pipeline } from './pipelining.ts'
-
-/** Node keeps at most this many headers. Until the head is complete, a tiny header takes ten times its size. */
-export const MAX_HEADERS = 128
 
 /** A request that is incomplete after this time gets 408, and its connection closes. */
 const REQUEST_TIMEOUT_MS = 10_000
@@ -176,6 +174,8 @@ export function createConnections ({ config, charge, onError }: Options) {
       })
       const onRequest = (request: IncomingMessage, response: ServerResponse) => {
         const pipeline = connections.get(request.socket)?.pipeline
+        // Whatever the response: a hook or the router may refuse the request before plugins/framing does.
+        if (mustBeLast(request)) response.setHeader('connection', 'close')
         if (pipeline !== undefined) pipelining.receive(pipeline, request, response, handler)
       }
       server.on('connection', onConnection)

@@ -60,6 +60,8 @@ export function createPipelining ({ recordCost, charge }: Costs) {
       if (pipeline.latest === request) pipeline.latest = undefined
       if (unfinished(pipeline) === 0) pipeline.whenAnswered?.()
     })
+    // Set by connections for a request that no other may follow.
+    if (response.hasHeader('connection')) pipeline.isClosing = true
     handler(request, response)
   }
 

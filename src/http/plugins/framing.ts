@@ -1,6 +1,5 @@
-import type { IncomingMessage } from 'node:http'
 import fp from 'fastify-plugin'
-import { MAX_HEADERS } from '../connections.ts'
+import { hasOneHost, hasOtherCoding, hasTooManyHeaders, MAX_HEADERS } from '../framing.ts'
 
 /** Refuses requests that two servers could read differently, and bodies that are not plain UTF-8. */
 export const framing = fp(async app => {
@@ -9,14 +8,12 @@ export const framing = fp(async app => {
       const errors = [{ pointer: '', detail: 'must name an HTTP version and exactly one Host' }]
       return reply.header('connection', 'close').problem('invalid_request', { errors })
     }
-    if (request.raw.rawHeaders.length >= 2 * MAX_HEADERS) {
+    if (hasTooManyHeaders(request.raw)) {
       const errors = [{ pointer: '', detail: `must have fewer than ${MAX_HEADERS} headers` }]
       return reply.header('connection', 'close').problem('invalid_request', { errors, status: 431 })
     }
-    const {
-      'transfer-encoding': coding, 'content-encoding': encoding = '', 'content-type': type = ''
-    } = request.headers
-    if (coding !== undefined && (coding.toLowerCase() !== 'chunked' || request.raw.httpVersion === '1.0')) {
+    const { 'content-encoding': encoding = '', 'content-type': type = '' } = request.headers
+    if (hasOtherCoding(request.raw)) {
       const errors = [{ pointer: '', detail: 'must have no transfer encoding but chunked, and none in HTTP/1.0' }]
       return reply.header('connection', 'close').problem('invalid_request', { errors })
     }
@@ -29,13 +26,4 @@ export const framing = fp(async app => {
 function hasOtherCharset (type: string): boolean {
   const charset = /;\s*charset\s*=\s*"?([^\s";]*)/i.exec(type)?.[1]
   return charset !== undefined && !/^utf-?8$/i.test(charset)
-}
-
-function hasOneHost ({ rawHeaders, httpVersion }: IncomingMessage): boolean {
-  let hosts = 0
-  for (let index = 0; index < rawHeaders.length; index += 2) {
-    const name = rawHeaders[index] as string
-    if (name.length === 4 && name.toLowerCase() === 'host') hosts++
-  }
-  return hosts === 1 || (hosts === 0 && httpVersion === '1.0')
 }
