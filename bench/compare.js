@@ -1,5 +1,6 @@
 // The relay of this checkout against that of another one, which is built: npm run bench -- --compare <checkout>
 //   [--pairs 12] [--slots 24] [--slot 250] [--callers 64] [--quick] [--auth key|token|new-token]
+//   [--set NAME=VALUE], which sets a variable of this checkout alone
 // Both relays run at the same time on core 0; the upstream and the callers have core 1. The load goes round the two in
 // short slots, A B B A A B B A …, so a machine that changes its speed changes it for both. Two processes of one build
 // differ by some per cent for life, so every pair is two fresh ones, and the pair is the sample.
@@ -25,7 +26,8 @@ const OPTIONS = {
   slot: number(250),
   callers: number(64),
   quick: { type: 'boolean', default: false },
-  auth: { type: 'string', default: 'none' }
+  auth: { type: 'string', default: 'none' },
+  set: { type: 'string', multiple: true, default: [] }
 }
 
 // Only what every checkout knows.
@@ -129,13 +131,13 @@ const each = ({ cpu, answered }) => cpu / answered
 const together = list => each({ cpu: total(list, 'cpu'), answered: total(list, 'answered') })
 
 /** Two fresh relays: the slots of each, and the ratio of this checkout to the other one. */
-async function measurePair (scripts, order, isPinned, { slots, slot, callers, auth }) {
+async function measurePair (scripts, order, isPinned, { slots, slot, callers, auth, variables }) {
   const credentials = { mine: CREDENTIALS[auth], other: CREDENTIALS.none }
   const relays = {}
   const loads = {}
   try {
     for (const name of order) {
-      relays[name] = start(isPinned ? 0 : undefined, scripts[name], { PORT: String(PORTS[name]), ...credentials[name].env })
+      relays[name] = start(isPinned ? 0 : undefined, scripts[name], { PORT: String(PORTS[name]), ...credentials[name].env, ...name === 'mine' && variables })
       await isUp(relays[name], `http://127.0.0.1:${PORTS[name]}/identify`, {
         method: 'POST',
         headers: { 'content-type': 'application/json', authorization: `Bearer ${credentials[name].credentialOf?.('first')}` },
@@ -184,7 +186,8 @@ function report (pairs) {
 export async function compare (args) {
   const { values } = parseArgs({ args, options: OPTIONS })
   const { auth } = values
-  const plan = { auth, ...Object.fromEntries(['slots', 'slot', 'callers'].map(name => [name, Number(values[name])])) }
+  const variables = Object.fromEntries(values.set.map(text => [text.slice(0, text.indexOf('=')), text.slice(text.indexOf('=') + 1)]))
+  const plan = { auth, variables, ...Object.fromEntries(['slots', 'slot', 'callers'].map(name => [name, Number(values[name])])) }
   if (!(auth in CREDENTIALS)) {
     console.error(`--auth must be one of ${Object.keys(CREDENTIALS).join(', ')}`)
     return 1

@@ -6,12 +6,17 @@ import { Environment, isLoopback, splitApiKey } from './environment.ts'
 type Env = Record<string, string | undefined>
 
 /** The error of `readConfig`. `message` has one line for each mistake, and no value of any variable. */
-export class ConfigError extends Error {}
+export class ConfigError extends Error {
+  override readonly name = 'ConfigError'
+}
 
 export type Config = Readonly<Static<typeof Environment>>
 
 /** Variables that this version does not support. Ignoring one could leave open what its operator meant to close. */
 const UNSUPPORTED = /^METRICS_PORT$/
+
+/** What Kubernetes sets for a Service, such as METRICS_PORT for one that is called `metrics`. */
+export const isServiceLink = (value = '') => /^(?:tcp|udp|sctp):\/\//.test(value)
 
 /** The variables that hold secrets. `<NAME>_FILE`, the path of a file with the value, may replace each of them. */
 export const SECRETS = Object.entries<TSchema>(Environment.properties)
@@ -98,7 +103,7 @@ function conflicts (config: Config, env: Env): string[] {
   const keys = config.API_KEYS instanceof Array ? config.API_KEYS.map(entry => splitApiKey(String(entry)).key) : []
   const isOpen = Value.Check(Environment.properties.HOST, config.HOST) && !isLoopback(config.HOST)
   const rules: [isBroken: boolean, sentence: string][] = [
-    ...Object.keys(env).filter(name => UNSUPPORTED.test(name))
+    ...Object.keys(env).filter(name => UNSUPPORTED.test(name) && !isServiceLink(env[name]))
       .map((name): [boolean, string] => [isSet(name), `${name} is not supported by this version: unset it.`]),
     [isSet('MIXPANEL_SERVICE_ACCOUNT') && !isSet('MIXPANEL_PROJECT_ID'),
       'MIXPANEL_SERVICE_ACCOUNT needs MIXPANEL_PROJECT_ID.'],

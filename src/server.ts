@@ -12,20 +12,11 @@ process.on('SIGUSR1', () => {})
 
 const { default: { once } } = await import('node:events')
 const { fstatSync, readFileSync } = await import('node:fs')
-const { open } = await import('node:fs/promises')
-const { ConfigError, readConfig, secretFiles, SECRETS } = await import('./config.ts')
 type Config = import('./config.ts').Config
 type SecretFiles = import('./secrets.ts').SecretFiles
 
 const commands = new Map(Object.entries({
   serve: runServe,
-  async healthcheck (config: Config) {
-    const { healthcheck } = await import('./commands/healthcheck.ts')
-    await healthcheck(config).then(console.log, ({ message }: Error) => {
-      console.error(message)
-      process.exitCode = 1
-    })
-  },
   async 'check-config' (config: Config) {
     const { urlOf } = await import('./commands/healthcheck.ts')
     const { baseUrl } = await import('./mixpanel/client.ts')
@@ -42,7 +33,7 @@ const commands = new Map(Object.entries({
   async verify (config: Config, args: string[]) {
     const { verifyCommand } = await import('./commands/verify.ts')
     await print(verifyCommand(config, args, {
-      openLog: async path => path === '-' ? process.stdin : (await open(path)).createReadStream(),
+      stdin: process.stdin,
       report: console.error,
       exit: code => { process.exitCode = code }
     }))
@@ -78,6 +69,11 @@ async function runServe (config: Config, _: string[], secrets: SecretFiles): Pro
     if (isResolving || isWaitingForDisk()) process.kill(process.pid, 'SIGKILL')
   })
   const log = createLog(config.LOG_LEVEL, destination)
+  const { isServiceLink } = await import('./config.ts')
+  if (isServiceLink(process.env.METRICS_PORT)) {
+    const hint = 'Kubernetes sets it for a Service; enableServiceLinks: false ends that'
+    log.logger.warn({ variable: 'METRICS_PORT', hint }, 'variable ignored')
+  }
   const relay = await serve(config, log, secrets, openFilesLimit(() => readFileSync('/proc/self/limits', 'utf8')))
   isWaitingForDisk = relay.isWaitingForDisk
   for (const signal of END_SIGNALS) process.off(signal, exitDuringStart)
@@ -86,10 +82,35 @@ async function runServe (config: Config, _: string[], secrets: SecretFiles): Pro
   whenOrphaned(() => process.ppid, pid => readFileSync(`/proc/${pid}/stat`, 'utf8'), relay.end)
 }
 
+/** The commands that need no configuration. An orchestrator runs the health check every few seconds. */
+const bareCommands = new Map(Object.entries({
+  async healthcheck () {
+    const { healthcheck } = await import('./commands/healthcheck.ts')
+    const { HOST, PORT } = process.env
+    await healthcheck(HOST || '127.0.0.1', Number(PORT || 8080)).then(console.log, ({ message }: Error) => {
+      console.error(message)
+      process.exitCode = 1
+    })
+  },
+  async '--help' () {
+    const { USAGE } = await import('./commands/usage.ts')
+    console.log(USAGE)
+  },
+  async '--version' () {
+    console.log(JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')).version)
+  }
+}))
+
 /** Runs one command. The exit code is 0, or 1 with one sentence for each error on standard error. */
 async function main (name = 'serve', args: string[]): Promise<void> {
+  const runBare = bareCommands.get(name)
+  if (runBare !== undefined) return runBare()
+  const { ConfigError, readConfig, secretFiles, SECRETS } = await import('./config.ts')
   const run = commands.get(name)
-  if (run === undefined) throw new ConfigError(`${name} is not a command: use ${[...commands.keys()].join(', ')}.`)
+  if (run === undefined) {
+    const names = [...commands.keys(), ...bareCommands.keys()].join(', ')
+    throw new ConfigError(`${name} is not a command: use ${names}.`)
+  }
   const env = { ...process.env }
   const texts = new Map<string, string>()
   const config = readConfig(env, path => {
@@ -103,7 +124,7 @@ async function main (name = 'serve', args: string[]): Promise<void> {
 }
 
 main(process.argv[2], process.argv.slice(3)).catch((error: Error) => {
-  const isUserError = error instanceof ConfigError || error.name === 'UsageError'
+  const isUserError = ['ConfigError', 'UsageError'].includes(error.name)
   console.error(isUserError ? error.message : `The relay cannot continue: ${error.message}.`)
   process.exit(1)
 })

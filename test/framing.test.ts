@@ -1,7 +1,10 @@
+import { once } from 'node:events'
+import { connect } from 'node:net'
+import { setTimeout as sleep } from 'node:timers/promises'
 import fc from 'fast-check'
 import { t } from 'tap'
 import { identity, listen, startRelay, type Env } from './helper.ts'
-import { exchange, get } from './raw-http.ts'
+import { exchange, get, statuses } from './raw-http.ts'
 
 // Requests that two servers could read in two ways, or that no server should read at all.
 t.test('an ambiguous or malformed request is refused, and nothing in it reaches Mixpanel', async t => {
@@ -39,6 +42,9 @@ t.test('an ambiguous or malformed request is refused, and nothing in it reaches 
     ['a bad chunk size', request('host: x\r\ntransfer-encoding: chunked\r\n', `zz\r\n${body}\r\n0\r\n\r\n`), 400],
     ['a chunk size too large', request('host: x\r\ntransfer-encoding: chunked\r\n', `fffffffffffffffff\r\n${body}`), 400],
     ['no version', 'GET /livez\r\n\r\n', 400],
+    ['no version, and a host', request(`host: x\r\n${length}`, body, 'POST /identify'), 400],
+    ['HTTP/0.9', request(`host: x\r\n${length}`, body, 'POST /identify HTTP/0.9'), 400],
+    ['HTTP/2.0', request(`host: x\r\n${length}`, body, 'POST /identify HTTP/2.0'), 400],
     ['another protocol', '\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03', 400],
     ['a long header', request(`host: x\r\nx-a: ${'x'.repeat(20_000)}\r\n${length}`, body), 431],
     ['a long path', request(`host: x\r\n${length}`, body, `POST /identify?${'x'.repeat(20_000)} HTTP/1.1`), 431],
@@ -67,6 +73,37 @@ t.test('an ambiguous or malformed request is refused, and nothing in it reaches 
   t.notMatch(pipelined, /200 OK/)
   t.equal(relay.sandbox.requests.length, sent, 'nothing but the valid requests reached Mixpanel')
   t.match(await exchange(port, get('/livez'), { answers: 1 }), /200 OK/, 'the relay still serves')
+})
+
+t.test('no request follows an ambiguous one on its connection, whatever refuses it', async t => {
+  const KEY = 'CANARY-KEY-0123456789'
+  const { port, sandbox } = await listen(t, { env: { API_KEYS: KEY, JWT_SECRET: 's'.repeat(32), CORS_ORIGINS: 'https://app.example.com' } })
+  const body = JSON.stringify(identity())
+  const length = `content-length: ${body.length}\r\n`
+  const next = `POST /identify HTTP/1.1\r\nhost: x\r\nauthorization: Bearer ${KEY}\r\ncontent-type: application/json\r\n${length}\r\n${body}`
+  const post = 'POST /identify HTTP/1.1\r\n'
+  const rows: [what: string, bytes: string, status: number][] = [
+    ['two hosts, without credentials', `${post}host: x\r\nhost: y\r\n\r\n`, 401],
+    ['no host, from a foreign page', `${post}origin: https://evil.example\r\n\r\n`, 403],
+    ['gzip, chunked and a forged token', `${post}host: x\r\nauthorization: Bearer a.b.c\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n`, 401],
+    ['chunked from HTTP/1.0', 'POST /identify HTTP/1.0\r\nhost: x\r\nconnection: keep-alive\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n', 401],
+    ['many headers, without credentials', `${post}host: x\r\n${'b:\r\n'.repeat(200)}\r\n`, 401],
+    ['a URL that is none, without a host', 'POST /%dentify HTTP/1.1\r\n\r\n', 400],
+    ['an upgrade', 'GET /livez HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n', 200]
+  ]
+  for (const [what, bytes, status] of rows) {
+    const socket = connect(port, '127.0.0.1')
+    let answers = ''
+    socket.on('data', chunk => { answers += String(chunk) }).on('error', () => {})
+    socket.write(bytes)
+    setTimeout(() => socket.write(next), 50)
+    await Promise.race([once(socket, 'close'), sleep(1000)])
+    socket.destroy()
+    t.same(statuses(answers), [status], what)
+    t.match(answers, /connection: close/i, what)
+  }
+  t.equal(sandbox.requests.length, 0)
+  t.match(await exchange(port, next, { answers: 1 }), /^HTTP\/1\.1 200/, 'alone the request is served')
 })
 
 t.test('paths, methods, media types, charsets and sizes have their statuses', async t => {

@@ -44,6 +44,23 @@ t.test('a request has one log line, without ids, query or secrets, and a health 
   t.notMatch(lines.join(''), /alice|CANARY|secret/)
 })
 
+t.test('a line says what was wrong, and which trace it belongs to', async t => {
+  const { inject, logged, post } = await startRelay(t)
+  const trace = '4bf92f3577b34da6a3ce929d0e0e4736'
+  await post(identity(), { headers: { traceparent: `00-${trace}-00f067aa0ba902b7-01` } })
+  await post(identity(), { headers: { traceparent: 'x' } })
+  await post({ identified_id: 'a secret id', anon_id: 'x', properties: { token: 'x' } }, { headers: { traceparent: `00-${trace}-00f067aa0ba902b7-01` } })
+  await post(identity(), { headers: { origin: `https://${'x'.repeat(200)}.example` } })
+  await inject({ url: `/${'y'.repeat(200)}?secret=1` })
+  const [ok, other, bad, foreign, unknown] = logged().filter(line => line.msg === 'request completed')
+  t.match(ok, { status: 200, trace_id: trace })
+  t.notOk('trace_id' in (other as object))
+  t.match(bad, { status: 400, trace_id: trace, code: 'invalid_request', pointers: ['/anon_id', '/properties/token'] })
+  t.match(foreign, { status: 403, origin: `https://${'x'.repeat(92)}` })
+  t.match(unknown, { status: 404, path: `/${'y'.repeat(99)}` })
+  t.notMatch(JSON.stringify(logged()), /a secret id|secret=1/)
+})
+
 t.test('a caller\'s request id is kept if it is safe in a log', async t => {
   const { post, logged } = await startRelay(t)
   for (const id of ['abc-123', 'x'.repeat(128), 'Root=1-67891233-abcdef012345678912345678']) {

@@ -91,6 +91,22 @@ t.test('an exception outside of requests is logged, and the process exits with 1
   t.match(output(), /"level":60,.*outside.*"msg":"unhandled error"/)
 })
 
+t.test('--help and --version need no configuration', async t => {
+  const help = startProcess(t, SERVER, ['--help'], {}, { isCovered: true })
+  t.equal(await help.exit, 0)
+  for (const name of ['serve', 'healthcheck', 'check-config', 'doctor', 'verify', 'outbox drop --user', 'openapi']) t.match(help.output(), name)
+  const version = startProcess(t, SERVER, ['--version'], {}, { isCovered: true })
+  t.equal(await version.exit, 0)
+  t.equal(version.output().trim(), JSON.parse(readFileSync('package.json', 'utf8')).version)
+})
+
+t.test('what Kubernetes sets for a Service named metrics is ignored with one warning', async t => {
+  const { url } = await startSandbox(t)
+  const server = await startServer(t, url, { METRICS_PORT: 'tcp://10.0.0.1:9090', JWT_PORT: 'tcp://10.0.0.1:80' }, { isCovered: true })
+  t.match(server.output(), /"variable":"METRICS_PORT","hint":"[^"]*enableServiceLinks[^"]*","msg":"variable ignored"/)
+  t.equal(await server.kill('SIGTERM'), 0)
+})
+
 t.test('no secret stays in the environment, which child processes and diagnostic reports have', async t => {
   const { url } = await startSandbox(t)
   const directory = temporary(t)

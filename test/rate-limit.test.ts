@@ -56,8 +56,10 @@ t.test('X-Forwarded-For is believed from TRUST_PROXY alone', async t => {
   t.equal(await via('10.1.2.3', '203.0.113.9:4001'), 429, 'the port does not matter')
   t.equal(await via('10.1.2.3', '[2001:db8::1]:443'), 200)
   t.equal(await via('10.1.2.3', '[2001:db8::1]'), 429)
+  t.equal(behind.logged().filter(line => line.msg === 'X-Forwarded-For not trusted').length, 0)
   t.equal(await via('192.0.2.8', '203.0.113.3'), 200)
   t.equal(await via('192.0.2.8', '203.0.113.4'), 429, 'any other peer is counted by its own address')
+  t.match(behind.logged().filter(line => line.msg === 'X-Forwarded-For not trusted'), [{ level: 40, address: '192.0.2.8', hint: /TRUST_PROXY/ }], 'it is logged once')
 })
 
 t.test('a batch counts as many requests as it has identities', async t => {

@@ -219,3 +219,12 @@ t.test('a bug of the sandbox is a 500 with its message', async t => {
   app.get('/bug', () => { throw new Error('a bug') })
   t.match(await app.inject('/bug'), { statusCode: 500, body: '{"error":"a bug","status":0}' })
 })
+
+t.test('an unknown fault is a 400', async t => {
+  const { send } = await start(t)
+  for (const fault of [{ name: 'nope' }, { name: 'toString' }, {}, null, 7]) {
+    const answer = await send('/__sandbox/faults', { method: 'POST', body: JSON.stringify([{ name: 'reset' }, fault]) })
+    t.match(answer, { status: 400, body: /not a fault/ })
+  }
+  t.equal((await send('/__sandbox/faults', { method: 'POST', body: '[{"name":"cut","ms":1},{"name":"edge_down"}]' })).status, 204)
+})

@@ -9,6 +9,7 @@ import { Readable } from 'node:stream'
 import { gzipSync } from 'node:zlib'
 import { t, type Test } from 'tap'
 import { createDigestSet } from '#src/commands/digest-set.js'
+import { doctorCommand } from '#src/commands/doctor.js'
 import { verifyCommand } from '#src/commands/verify.js'
 import { exportEvents } from '#src/mixpanel/export.js'
 import { readConfig } from '#src/config.js'
@@ -48,7 +49,7 @@ async function verify (url: string, args: string[], { env = {} as Env, log = '' 
   let code: number | undefined
   const reports: string[] = []
   let text = ''
-  const output = { openLog: async () => Readable.from([log]), report: (line: string) => { reports.push(line) }, exit: (exitCode: number) => { code = exitCode } }
+  const output = { stdin: Readable.from([log]), report: (line: string) => { reports.push(line) }, exit: (exitCode: number) => { code = exitCode } }
   for await (const part of verifyCommand(config(url, env), args, output)) text += part
   return { code, reports, found: text.trim() === '' ? [] : text.trim().split('\n').map(line => JSON.parse(line)) }
 }
@@ -57,19 +58,21 @@ t.test('verify prints what Mixpanel refused, once for each $insert_id, and with 
   const events = [
     event('1'), event('2', { $failure_reason: 'errManyIDs' }), event('2', { $failure_reason: 'errManyIDs' }), event('3', { $distinct_id_before_identity: 'x' }),
     event('4', { $failure_reason: '' }), event('5', { $failure_reason: 'no' }, 'Page view'), event('6', { $preshuffle_distinct_id: 'x' }),
-    { event: '$identify', properties: { time: 1, $identified_id: 'a', $anon_distinct_id: 'b', $failure_reason: 'without an id' } }
+    { event: '$identify', properties: { time: 1, $identified_id: 'a', $anon_distinct_id: 'b', $failure_reason: 'without an id' } },
+    { event: '$identify', properties: { time: 2, distinct_id: 'c', $insert_id: '7', $failure_reason: 'without ids' } }
   ]
   const { url, query } = await startData(t, answer(lines(events)))
   const { code, reports, found } = await verify(url, DAY)
   t.equal(code, 2)
   t.same(found, [
     { verdict: 'refused', reason: 'errManyIDs', identified_id: 'user-2', anon_id: 'anon-2', insert_id: '2', time: 1772452800 },
-    { verdict: 'refused', reason: 'without an id', identified_id: 'a', anon_id: 'b', time: 1 }
+    { verdict: 'refused', reason: 'without an id', identified_id: 'a', anon_id: 'b', time: 1 },
+    { verdict: 'refused', reason: 'without ids', identified_id: 'c', insert_id: '7', time: 2 }
   ])
-  t.same(reports, ['refused: 2, merged: 2, no_failure: 2, not_seen: 0'])
+  t.same(reports, ['refused: 3, merged: 2, no_failure: 2, not_seen: 0'])
   t.same(query(), { project_id: '1', from_date: '2026-03-01', to_date: '2026-03-04', event: '["$identify"]' })
   const all = await verify(url, [...DAY, '--all'])
-  t.same(all.found.map(({ verdict, insert_id: id }) => `${id} ${verdict}`), ['1 no_failure', '2 refused', '3 merged', '4 no_failure', '6 merged', 'undefined refused'])
+  t.same(all.found.map(({ verdict, insert_id: id }) => `${id} ${verdict}`), ['1 no_failure', '2 refused', '3 merged', '4 no_failure', '6 merged', 'undefined refused', '7 refused'])
   const fine = await startData(t, answer(lines([event('1')])))
   t.match(await verify(fine.url, DAY), { code: 0, found: [] })
 })
@@ -240,7 +243,7 @@ t.test('doctor looks at the way to Mixpanel and sends no identity; --id-merge as
   t.match(await run(['--id-merge'], {}, { isCovered: true }), { code: 1, output: /cannot be told: refused_by_mixpanel \(event, invalid\)|cannot be told: refused_by_mixpanel/ })
   sandbox.faults.clear()
   sandbox.faults.add({ name: 'edge_down', times: 9 })
-  t.match(await run(['--id-merge'], {}), { code: 1, output: /cannot be told: mixpanel_unreachable/ })
+  t.match(await run(['--id-merge'], {}, { isCovered: true }), { code: 1, output: /cannot be told: mixpanel_unreachable/ })
   t.match(await run([], { MIXPANEL_URL: 'http://127.0.0.1:9' }), { code: 1, output: /FAILED {2}HTTP: ECONNREFUSED/ })
   t.match(await run([], { MIXPANEL_URL: `https://127.0.0.1:${new URL(sandbox.url).port}` }, { isCovered: true }), { code: 1, output: /FAILED {2}TLS: .*\nFAILED {2}HTTP: / })
   // A key and a certificate for tests alone, for localhost.
@@ -250,6 +253,9 @@ t.test('doctor looks at the way to Mixpanel and sends no identity; --id-merge as
   t.teardown(() => { tls.close() })
   const secure = { MIXPANEL_URL: `https://localhost:${(tls.address() as AddressInfo).port}`, NODE_EXTRA_CA_CERTS: 'test/localhost.pem' }
   t.match(await run([], secure, { isCovered: true }), { code: 0, output: /ok {6}TLS: TLSv1\.\d, and the certificate is valid until .*\nok {6}HTTP: it answered 200/ })
+  // Only the first line: the checks would leave this machine.
+  const { value } = await doctorCommand(readConfig({ MIXPANEL_TOKEN: TOKEN, MIXPANEL_REGION: 'eu' }, () => ''), []).next()
+  t.match(value, /sends to https:\/\/api-eu\.mixpanel\.com \(MIXPANEL_REGION=eu\)/)
   t.match(await run(['x'], {}, { isCovered: true }), { code: 1, output: /doctor takes only --id-merge/ })
   const down = await startData(t, answer('', 503))
   t.match(await run([], { MIXPANEL_URL: down.url }, { isCovered: true }), { code: 1, output: /FAILED {2}HTTP: it answered 503/ })

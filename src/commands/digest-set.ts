@@ -5,7 +5,7 @@ const TABLES = 256
 const MAX_LOAD = 0.85
 const GROWTH = 1.5
 
-/** The slots of one table, each two 32-bit halves of a digest; 0, 0 is an empty slot. */
+/** The slots of one table, each two 32-bit halves of a digest; the second half of an empty slot is 0. */
 interface Table { slots: Uint32Array, count: number }
 
 export type DigestSet = ReturnType<typeof createDigestSet>
@@ -21,10 +21,10 @@ export function createDigestSet () {
   /** Returns the index of a digest in `slots`, or of the empty slot where it belongs. */
   function find (slots: Uint32Array, high: number, low: number): number {
     const capacity = slots.length / 2
-    for (let slot = low % capacity; ; slot = (slot + 1) % capacity) {
-      const [one, other] = [slots[2 * slot], slots[2 * slot + 1]]
-      if ((one === high && other === low) || (one === 0 && other === 0)) return 2 * slot
-    }
+    let slot = low % capacity
+    const isOther = () => slots[2 * slot + 1] !== 0 && (slots[2 * slot] !== high || slots[2 * slot + 1] !== low)
+    while (isOther()) slot = (slot + 1) % capacity
+    return 2 * slot
   }
 
   function grow (table: Table): void {
@@ -32,14 +32,14 @@ export function createDigestSet () {
     table.slots = new Uint32Array(2 * Math.ceil(slots.length / 2 * GROWTH))
     for (let at = 0; at < slots.length; at += 2) {
       const [high, low] = [slots[at] as number, slots[at + 1] as number]
-      if (high !== 0 || low !== 0) table.slots.set([high, low], find(table.slots, high, low))
+      if (low !== 0) table.slots.set([high, low], find(table.slots, high, low))
     }
   }
 
   function locate (text: string) {
     const digest = hash('sha256', salt + text)
     const high = parseInt(digest.slice(0, 8), 16)
-    // 1 in place of 0, because 0, 0 is an empty slot.
+    // 1 in place of 0, which marks an empty slot.
     const low = parseInt(digest.slice(8, 16), 16) || 1
     const table = tables[high % TABLES] as Table
     return { table, high, low, at: find(table.slots, high, low) }

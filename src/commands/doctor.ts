@@ -3,8 +3,7 @@ import { lookup } from 'node:dns/promises'
 import { once } from 'node:events'
 import http, { type IncomingMessage } from 'node:http'
 import https from 'node:https'
-import { isIP } from 'node:net'
-import { connect } from 'node:tls'
+import type { TLSSocket } from 'node:tls'
 import { parseArgs } from 'node:util'
 import type { Config } from '../config.ts'
 import { identifyEvent } from '../identity/event.ts'
@@ -63,27 +62,29 @@ async function checkDns (base: URL): Promise<string> {
   return `${hostOf(base)} has ${addresses.map(({ address }) => address).join(', ')}.`
 }
 
+/** Returns a GET that is being sent. The caller destroys it. */
+function get (base: URL) {
+  const url = `${base.href.replace(/\/+$/, '')}/`
+  const options = { timeout: TIMEOUT_MS, rejectUnauthorized: true, agent: false }
+  // Not fetch, which refuses the ports of other protocols.
+  const request = base.protocol === 'https:' ? https.get(url, options) : http.get(url, options)
+  request.on('timeout', () => request.destroy(new Error(`no answer in ${TIMEOUT_MS} ms`)))
+  return request
+}
+
 async function checkTls (base: URL): Promise<string> {
-  const host = hostOf(base)
-  // A server name must not be an address (RFC 6066).
-  const name = isIP(host) === 0 ? { servername: host } : {}
-  const port = Number(base.port || 443)
-  const socket = connect({ host, port, timeout: TIMEOUT_MS, rejectUnauthorized: true, ...name })
-  socket.on('timeout', () => socket.destroy(new Error(`no answer in ${TIMEOUT_MS} ms`)))
-  try {
-    await once(socket, 'secureConnect')
-    return `${socket.getProtocol()}, and the certificate is valid until ${socket.getPeerCertificate().valid_to}.`
-  } finally {
-    socket.destroy()
-  }
+  const request = get(base)
+  const failure = once(request, 'error').then(([error]) => Promise.reject(error as Error))
+  const [socket] = await Promise.race([once(request, 'socket'), failure]) as [TLSSocket]
+  await Promise.race([once(socket, 'secureConnect'), failure])
+  const text = `${socket.getProtocol()}, and the certificate is valid until ${socket.getPeerCertificate().valid_to}.`
+  failure.catch(() => {})
+  request.destroy()
+  return text
 }
 
 async function checkHttp (base: URL): Promise<string> {
-  // Not fetch, which refuses the ports of other protocols.
-  const url = `${base.href.replace(/\/+$/, '')}/`
-  const options = { timeout: TIMEOUT_MS, rejectUnauthorized: true }
-  const request = base.protocol === 'https:' ? https.get(url, options) : http.get(url, options)
-  request.on('timeout', () => request.destroy(new Error(`no answer in ${TIMEOUT_MS} ms`)))
+  const request = get(base)
   const [{ statusCode: status }] = await once(request, 'response') as [IncomingMessage]
   request.destroy()
   if (Number(status) >= 500) throw new Error(`it answered ${status}`)

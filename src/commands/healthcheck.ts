@@ -1,15 +1,23 @@
-import type { Config } from '../config.ts'
+import http, { type IncomingMessage } from 'node:http'
+import { once } from 'node:events'
 
-/** Resolves with a sentence when the configured relay answers `/livez` within 2 s. Otherwise rejects with one. */
-export async function healthcheck ({ HOST, PORT }: Config): Promise<string> {
-  const host = { '0.0.0.0': '127.0.0.1', '::': '::1' }[HOST] ?? HOST
+const TIMEOUT_MS = 2000
+
+/**
+ * Resolves with a sentence when the relay that listens on a host and port answers `/livez` within 2 s. Otherwise it
+ * rejects with one. It uses no fetch, whose first use costs a tenth of a second of CPU.
+ */
+export async function healthcheck (host: string, port: number): Promise<string> {
+  const reachable = { '0.0.0.0': '127.0.0.1', '::': '::1' }[host] ?? host
   try {
-    const response = await fetch(`${urlOf(host, PORT)}/livez`, { signal: AbortSignal.timeout(2000) })
-    if (!response.ok) throw new Error(`/livez answered ${response.status}`)
+    const request = http.get(`${urlOf(reachable, port)}/livez`, { timeout: TIMEOUT_MS, agent: false })
+    request.on('timeout', () => request.destroy(new Error('no answer in time')))
+    const [{ statusCode }] = await once(request, 'response') as [IncomingMessage]
+    request.destroy()
+    if (statusCode !== 200) throw new Error(`/livez answered ${statusCode}`)
     return 'The relay is alive.'
   } catch (error) {
-    const { message } = (error as Error).cause as Error | undefined ?? error as Error
-    throw new Error(`The relay is not alive: ${message}.`)
+    throw new Error(`The relay is not alive: ${(error as Error).message}.`)
   }
 }
 

@@ -1,3 +1,4 @@
+import { open } from 'node:fs/promises'
 import { createInterface } from 'node:readline'
 import type { Readable } from 'node:stream'
 import { parseArgs } from 'node:util'
@@ -12,8 +13,8 @@ const USAGE = 'use verify --from YYYY-MM-DD --to YYYY-MM-DD [--sent FILE] [--all
 const SOME_FAILED = 2
 
 interface Output {
-  /** Resolves with the text of a file, or of standard input for `-`. */
-  openLog: (path: string) => Promise<Readable>
+  /** The log for `--sent -`. */
+  stdin: Readable
   /** Prints a line for people, which is no result. */
   report: (line: string) => void
   /** Sets the exit code. */
@@ -43,7 +44,7 @@ export async function * verifyCommand (config: Config, args: string[], output: O
   }
   const event = config.MIXPANEL_ID_MERGE === 'original' ? '$identify' : config.MERGE_EVENT
   // Before the export, of which Mixpanel permits sixty an hour.
-  const log = sent === undefined ? undefined : await output.openLog(sent).catch(failToRead)
+  const log = sent === undefined || sent === '-' ? output.stdin : await openLog(sent)
   const seen = createDigestSet()
   const counts = { refused: 0, merged: 0, no_failure: 0, not_seen: 0 }
   try {
@@ -57,7 +58,7 @@ export async function * verifyCommand (config: Config, args: string[], output: O
     if (error instanceof ExportError) throw new UsageError(`It cannot be told what merged: ${error.message}.`)
     throw error
   }
-  if (log !== undefined) {
+  if (sent !== undefined) {
     for await (const missing of missingIdentities(log, { from, to }, seen)) {
       counts.not_seen++
       yield toLine(missing)
@@ -131,8 +132,12 @@ async function * missingIdentities (
   if (count === 0) throw new UsageError('The log names no identity: it must be that of a relay with LOG_LEVEL=info.')
 }
 
-function failToRead ({ code }: NodeJS.ErrnoException): never {
-  throw new UsageError(`The log cannot be read (${code}).`)
+async function openLog (path: string): Promise<Readable> {
+  try {
+    return (await open(path)).createReadStream()
+  } catch (error) {
+    throw new UsageError(`The log cannot be read (${(error as NodeJS.ErrnoException).code}).`)
+  }
 }
 
 /** Returns the identities that a line of a log reports as accepted or queued. Text before the JSON is skipped. */

@@ -26,6 +26,9 @@ import { identify } from './routes/identify.ts'
 /** Time in one turn of the event loop for all large bodies together. */
 const SLICE_MS = 5
 
+/** The most characters of an unknown path in the log. */
+const MAX_PATH_LENGTH = 100
+
 /** The shortest time between two log lines about connections that cannot be accepted. */
 const LOG_INTERVAL_MS = 60_000
 
@@ -96,9 +99,9 @@ export async function buildApp (config: Config, dependencies: Dependencies) {
   app.setNotFoundHandler(async ({ url }, reply) => {
     const path = url.split('?')[0] as string
     const allowed = methods.get(path.replace(/(?<=.)\/$/, ''))
-    return allowed === undefined
-      ? reply.problem('not_found')
-      : reply.header('allow', allowed.join(', ')).problem('method_not_allowed')
+    if (allowed !== undefined) return reply.header('allow', allowed.join(', ')).problem('method_not_allowed')
+    reply.logLine.details = { ...reply.logLine.details, path: path.slice(0, MAX_PATH_LENGTH) }
+    return reply.problem('not_found')
   })
   // Nearly every response is a constant or a problem, so compiled serializers would only lengthen the start.
   app.setSerializerCompiler(() => data => JSON.stringify(data))

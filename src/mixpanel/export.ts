@@ -72,15 +72,16 @@ export async function * exportEvents (
     })
     const account = Buffer.from(String(config.MIXPANEL_SERVICE_ACCOUNT)).toString('base64')
     const url = `${base.replace(/\/+$/, '')}/api/2.0/export?${query}`
-    for (let tries = 1; ; tries++) {
-      const answer = await get(url, { authorization: `Basic ${account}`, 'accept-encoding': 'gzip' })
-      const { statusCode: status = 0, headers } = answer
-      if ((status !== 429 && status < 500) || tries === MAX_TRIES) return answer
+    const headers = { authorization: `Basic ${account}`, 'accept-encoding': 'gzip' }
+    for (let tries = 1; tries < MAX_TRIES; tries++) {
+      const answer = await get(url, headers)
+      const { statusCode: status = 0, headers: { 'retry-after': retryAfter } } = answer
+      if (status !== 429 && status < 500) return answer
       answer.destroy()
-      const asked = Number(headers['retry-after'])
       const backoff = Math.min(2 ** tries, 60) + 1 + Math.random() * 4
-      await pause(asked > 0 ? Math.min(asked, MAX_WAIT_SECONDS) : backoff)
+      await pause(Number(retryAfter) > 0 ? Math.min(Number(retryAfter), MAX_WAIT_SECONDS) : backoff)
     }
+    return get(url, headers)
   }
 
   function refusal (status: number, text: string): ExportError {

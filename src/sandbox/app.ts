@@ -3,7 +3,7 @@ import { Readable } from 'node:stream'
 import { createGzip, gunzipSync } from 'node:zlib'
 import Fastify, { type FastifyError, type FastifyReply, type FastifyRequest } from 'fastify'
 import { createEndpoints, TOO_LARGE, type Answer, type EndpointOptions, type Params } from './endpoints.ts'
-import { createFaultScript, FAULTS, type Fault } from './faults.ts'
+import { createFaultScript, FAULTS, isFault, type Fault } from './faults.ts'
 import { exportLines } from './export.ts'
 import { createLedger, type LedgerOptions } from './ledger.ts'
 
@@ -98,6 +98,10 @@ export function createSandbox (options: EndpointOptions & LedgerOptions & { expo
   app.post('/__sandbox/faults', async (request, reply) => {
     const script = parse(String(request.body))
     if (!Array.isArray(script)) return reply.code(400).send({ error: 'send a JSON array of faults', status: 0 })
+    const unknown = script.filter(fault => !isFault(fault))
+    if (unknown.length > 0) {
+      return reply.code(400).send({ error: `not a fault: ${JSON.stringify(unknown[0])}`, status: 0 })
+    }
     faults.add(...script as Fault[])
     return reply.code(204).send()
   })

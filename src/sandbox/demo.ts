@@ -78,7 +78,7 @@ const today = new Date().toISOString().slice(0, 10)
 console.log(`
 "accepted" means that Mixpanel answered 1. What merged stands only in Mixpanel, where verify --all reads it:
 `)
-const output = { openLog: async () => process.stdin, report: console.log, exit () {} }
+const output = { stdin: process.stdin, report: console.log, exit () {} }
 for await (const lines of verifyCommand(config, ['--from', today, '--to', today, '--all'], output)) {
   process.stdout.write(lines)
 }

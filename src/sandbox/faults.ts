@@ -63,13 +63,18 @@ export const FAULTS = {
 /** Faults that delay the answer, or that process the request and then break the connection. */
 export const LATE_FAULTS = ['reset_after', 'close_idle', 'cut', 'wait', 'slow_zero'] as const
 
-/** `times` defaults to 1; `retry_after` becomes a header of the answer; `ms` is for `cut`, `wait` and
- * `slow_zero`. */
+/** `times` defaults to 1; `retry_after` becomes a header of the answer; `ms` is for `cut`, `wait` and `slow_zero`. */
 export interface Fault {
   name: keyof typeof FAULTS | typeof LATE_FAULTS[number]
   times?: number
   retry_after?: string
   ms?: number
+}
+
+/** Returns true for an object with the name of a fault. */
+export function isFault (value: unknown): value is Fault {
+  const { name } = Object(value) as { name?: unknown }
+  return typeof name === 'string' && (Object.hasOwn(FAULTS, name) || (LATE_FAULTS as readonly string[]).includes(name))
 }
 
 /** A queue of faults, one for each request. Without a fault the request succeeds. */

@@ -67,7 +67,7 @@ export const authorization = fp<{ config: Config }>(async (app, { config }) => {
     const required = route.config.callers
     if (required === undefined) return done()
     if (wrongCredentials !== undefined) {
-      reply.logLine.details = { cause: wrongCredentials }
+      reply.logLine.details = { ...reply.logLine.details, cause: wrongCredentials }
       return refuse('The API key or token is wrong or has expired.')
     }
     if (allowed[required][kind]) return done()

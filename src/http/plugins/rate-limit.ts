@@ -4,7 +4,7 @@ import fp from 'fastify-plugin'
 import { projectOf, type Config } from '../../config.ts'
 import type { Log } from '../../log.ts'
 import type { Redis } from '../../redis.ts'
-import { addressKey } from '../address.ts'
+import { addressKey, createNetworks } from '../address.ts'
 import { createRateLimitStore } from './rate-limit-store.ts'
 
 declare module 'fastify' {
@@ -43,8 +43,18 @@ export const rateLimits = fp<Options>(async (app, { config, redis, log }) => {
     keyGenerator
   })
 
+  const isProxy = createNetworks(config.TRUST_PROXY)
+  let hasWarned = false
+  /** Without TRUST_PROXY all clients of a proxy share its limit, which looks like a fault of the relay. */
+  function warnOfProxy ({ headers, socket: { remoteAddress: address = '' } }: FastifyRequest): void {
+    if (headers['x-forwarded-for'] === undefined || isProxy(address)) return
+    hasWarned = true
+    log.warn({ address, hint: 'if it is your proxy, list it in TRUST_PROXY' }, 'X-Forwarded-For not trusted')
+  }
+
   const limit = app.rateLimit()
   app.addHook('onRequest', (request, reply, done) => {
+    if (!hasWarned) warnOfProxy(request)
     if (request.route.config.unlogged || store.countNow(keyGenerator(request))) done()
     else limit.call(app, request, reply).then(() => done(), done)
   })

@@ -6,10 +6,16 @@ import type { AccessLine } from '../../log.ts'
 /** What a handler adds to the access log. An accepted identity has no details, which are dearer to print. */
 export type LogLine = Pick<AccessLine, 'insertId' | 'sent'> & { details: Details | undefined }
 
-/** `code` and `cause` belong to a problem, the others to a batch. */
+/** `code` and `cause` belong to a problem, counts to a batch. */
 export interface Details {
   code?: string
   cause?: string
+  /** The JSON Pointers of a 400, the origin of a 403, and the path of a 404. */
+  pointers?: string[]
+  origin?: string
+  path?: string
+  /** The trace of the caller's `traceparent` (W3C Trace Context). */
+  trace_id?: string
   identities?: number
   queued?: number
   failed?: number
@@ -38,6 +44,11 @@ export function requestId ({ headers }: Pick<IncomingMessage, 'headers'>): strin
   return typeof given === 'string' && /^[\w.:=@/+-]{1,128}$/.test(given) ? given : `${instance}-${++count}`
 }
 
+/** Returns the trace id of a `traceparent` header. */
+function traceId (traceparent: unknown): string | undefined {
+  return traceparent === undefined ? undefined : /^00-([0-9a-f]{32})-[0-9a-f]{16}-/.exec(String(traceparent))?.[1]
+}
+
 /**
  * Gives every request an id, and a log line when its response is ready, even when the client has disconnected. These
  * hooks run for every identity, so they create no promises.
@@ -50,7 +61,9 @@ export const requestLog = fp<{ logRequest: (line: AccessLine) => void }>(async (
   app.addHook('onRequest', (request, reply, done) => {
     request.route = request.routeOptions
     request.since = performance.now()
-    reply.logLine = { insertId: undefined, sent: undefined, details: undefined }
+    const trace = traceId(request.headers.traceparent)
+    const details = trace === undefined ? undefined : { trace_id: trace }
+    reply.logLine = { insertId: undefined, sent: undefined, details }
     reply.header('x-request-id', request.id)
     done()
   })

@@ -129,7 +129,8 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
       return { index, status: 'failed', problem: problemBody(code, request.id, extras) }
     })
     if (retryAfter > 0) reply.header('retry-after', retryAfter)
-    reply.logLine.details = { identities: results.length, queued, failed, insert_ids: insertIds }
+    const counts = { identities: results.length, queued, failed, insert_ids: insertIds }
+    reply.logLine.details = { ...reply.logLine.details, ...counts }
     if (failed === 0 && queued !== 0) return answerQueued(reply, isAsync).send({ results })
     return reply.code(failed === 0 ? 200 : 207).send({ results })
   })

@@ -112,7 +112,7 @@ export const identify: FastifyPluginAsyncTypebox<Options> = async (app, options)
     const verdict = await relay.identify(event, { isStrict: request.query.strict === '1', isAsync, isTrusted })
     reply.logLine.sent = verdict.sent
     if (verdict.code === 'accepted') return sendAccepted(reply)
-    if (verdict.cause !== undefined) reply.logLine.details = { cause: verdict.cause }
+    if (verdict.cause !== undefined) reply.logLine.details = { ...reply.logLine.details, cause: verdict.cause }
     if (hasFailed(verdict)) return reply.problem(...toProblem(verdict))
     return answerQueued(reply, isAsync).send({ status: 'queued' })
   })
