@@ -74,7 +74,7 @@ function get (base: URL) {
 
 async function checkTls (base: URL): Promise<string> {
   const request = get(base)
-  const failure = once(request, 'error').then(([error]) => Promise.reject(error as Error))
+  const failure = new Promise<never>((resolve, reject) => request.on('error', reject))
   const [socket] = await Promise.race([once(request, 'socket'), failure]) as [TLSSocket]
   await Promise.race([once(socket, 'secureConnect'), failure])
   const text = `${socket.getProtocol()}, and the certificate is valid until ${socket.getPeerCertificate().valid_to}.`
