@@ -10,7 +10,6 @@ process.on('SIGHUP', () => {})
 // By default SIGUSR1 opens Node's inspector on loopback, which all containers of a pod share.
 process.on('SIGUSR1', () => {})
 
-const { default: { once } } = await import('node:events')
 const { fstatSync, readFileSync } = await import('node:fs')
 type Config = import('./config.ts').Config
 type SecretFiles = import('./secrets.ts').SecretFiles
@@ -50,7 +49,7 @@ async function print (texts: AsyncIterable<string>): Promise<void> {
   // In `outbox list | head` the reader closes the pipe early.
   process.stdout.on('error', () => process.exit(0))
   for await (const text of texts) {
-    if (!process.stdout.write(text)) await once(process.stdout, 'drain')
+    await new Promise(resolve => process.stdout.write(text, resolve))
   }
 }
 
@@ -86,8 +85,7 @@ async function runServe (config: Config, _: string[], secrets: SecretFiles): Pro
 const bareCommands = new Map(Object.entries({
   async healthcheck () {
     const { healthcheck } = await import('./commands/healthcheck.ts')
-    const { HOST, PORT } = process.env
-    await healthcheck(HOST || '127.0.0.1', Number(PORT || 8080)).then(console.log, ({ message }: Error) => {
+    await healthcheck(process.env).then(console.log, ({ message }: Error) => {
       console.error(message)
       process.exitCode = 1
     })

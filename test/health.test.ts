@@ -19,12 +19,13 @@ t.test('/readyz does not depend on Mixpanel, and with ?verbose shows its last ve
 })
 
 t.test('healthcheck asks /livez of the relay on this machine, whatever HOST is', async t => {
-  const { config, port } = await listen(t)
-  t.equal(await healthcheck(config.HOST, port), 'The relay is alive.')
-  t.equal(await healthcheck('0.0.0.0', port), 'The relay is alive.')
+  const { port } = await listen(t)
+  t.equal(await healthcheck({ PORT: String(port) }), 'The relay is alive.')
+  t.equal(await healthcheck({ HOST: '0.0.0.0', PORT: String(port) }), 'The relay is alive.')
   for (const HOST of ['127.0.0.1', '::1', '::']) {
-    await t.rejects(healthcheck(HOST, 9), { message: /^The relay is not alive: .+\.$/ }, HOST)
+    await t.rejects(healthcheck({ HOST, PORT: '9' }), { message: /^The relay is not alive: .+\.$/ }, HOST)
   }
+  t.match(await healthcheck({}).catch(({ message }: Error) => message), /^The relay is /, 'by default it asks port 8080')
   const { url } = await startSandbox(t)
-  await t.rejects(healthcheck(config.HOST, Number(new URL(url).port)), { message: 'The relay is not alive: /livez answered 404.' })
+  await t.rejects(healthcheck({ PORT: new URL(url).port }), { message: 'The relay is not alive: /livez answered 404.' })
 })

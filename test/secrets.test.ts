@@ -10,6 +10,7 @@ import { createCredentials } from '#src/mixpanel/credentials.js'
 import { identity, leaks, needsRedis, silent, startRedis, startSandbox, temporary, TOKEN, type Env } from './helper.ts'
 import { startServer } from './processes.ts'
 
+t.jobs = 3
 const NEW_TOKEN = 'CANARY-SECRET-2'
 const KEYS = ['CANARY-KEY-0123456789', 'CANARY-KEY-9876543210'] as const
 

@@ -11,8 +11,8 @@ interface Table { slots: Uint32Array, count: number }
 export type DigestSet = ReturnType<typeof createDigestSet>
 
 /**
- * Returns a set of texts, kept as 64-bit digests with a random salt: at most 15 bytes for each of many. That any two of
- * a million texts have one digest has a probability of 1 in 30 million.
+ * Returns a set of texts, kept as 63-bit digests with a random salt: at most 15 bytes for each of many. That any two of
+ * a million texts have one digest has a probability of 1 in 15 million.
  */
 export function createDigestSet () {
   const salt = randomBytes(16).toString('hex')
@@ -39,8 +39,8 @@ export function createDigestSet () {
   function locate (text: string) {
     const digest = hash('sha256', salt + text)
     const high = parseInt(digest.slice(0, 8), 16)
-    // 1 in place of 0, which marks an empty slot.
-    const low = parseInt(digest.slice(8, 16), 16) || 1
+    // Never 0, which marks an empty slot.
+    const low = (parseInt(digest.slice(8, 16), 16) | 1) >>> 0
     const table = tables[high % TABLES] as Table
     return { table, high, low, at: find(table.slots, high, low) }
   }

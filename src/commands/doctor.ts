@@ -99,7 +99,7 @@ async function checkMode (config: Config): Promise<string> {
     const event = identifyEvent({ identified_id: id, anon_id: id }, Date.now())
     const answer = await client.send(client.encode([event], { endpoint: 'import' }), config.MIXPANEL_TIMEOUT_MS)
     if (answer.code !== 'accepted' && answer.isForAll !== true) {
-      throw new Error(`it cannot be told: ${answer.code}${answer.reason === undefined ? '' : ` (${answer.reason})`}`)
+      throw new Error(`it cannot be told: ${[answer.code, answer.cause, answer.reason].filter(Boolean).join(', ')}`)
     }
     const mode = answer.code === 'accepted' ? 'original' : 'simplified'
     if (mode !== config.MIXPANEL_ID_MERGE) throw new Error(`the project needs MIXPANEL_ID_MERGE=${mode}`)

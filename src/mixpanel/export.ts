@@ -38,6 +38,11 @@ interface Query {
   event: string
 }
 
+/** Returns the base URL of the raw export, without a trailing slash. */
+export function dataUrl ({ MIXPANEL_DATA_URL: url, MIXPANEL_URL: other, MIXPANEL_REGION: region }: Config): string {
+  return (url ?? other ?? BASE_URLS[region]).replace(/\/+$/, '')
+}
+
 /** Returns a day as YYYY-MM-DD, `days` after another one. */
 export const addDays = (day: string, days: number) =>
   new Date(Date.parse(`${day}T00:00:00Z`) + days * DAY_MS).toISOString().slice(0, 10)
@@ -66,12 +71,11 @@ export async function * exportEvents (
   yield * readEvents(response)
 
   async function ask (lastDay: string): Promise<IncomingMessage> {
-    const base = (config.MIXPANEL_DATA_URL ?? config.MIXPANEL_URL ?? BASE_URLS[config.MIXPANEL_REGION])
     const query = new URLSearchParams({
       project_id: String(config.MIXPANEL_PROJECT_ID), from_date: from, to_date: lastDay, event: JSON.stringify([event])
     })
     const account = Buffer.from(String(config.MIXPANEL_SERVICE_ACCOUNT)).toString('base64')
-    const url = `${base.replace(/\/+$/, '')}/api/2.0/export?${query}`
+    const url = `${dataUrl(config)}/api/2.0/export?${query}`
     const headers = { authorization: `Basic ${account}`, 'accept-encoding': 'gzip' }
     for (let tries = 1; tries < MAX_TRIES; tries++) {
       const answer = await get(url, headers)
@@ -104,13 +108,12 @@ async function get (url: string, headers: Record<string, string>): Promise<Incom
   // NODE_TLS_REJECT_UNAUTHORIZED must not let the account reach another server.
   const options = { headers, timeout: SILENCE_MS, rejectUnauthorized: true }
   const request = url.startsWith('https:') ? https.get(url, options) : http.get(url, options)
-  request.on('timeout', () => request.destroy(new Error(`no answer in ${SILENCE_MS / 1000} s`)))
+  request.on('timeout', () => request.destroy(Object.assign(new Error('no answer'), { code: 'ETIMEDOUT' })))
   try {
     const [answer] = await once(request, 'response') as [IncomingMessage]
     return answer
   } catch (error) {
-    const { code, message } = error as NodeJS.ErrnoException
-    throw new ExportError(`Mixpanel cannot be reached (${code ?? message})`)
+    throw new ExportError(`Mixpanel cannot be reached (${(error as NodeJS.ErrnoException).code})`)
   }
 }
 
@@ -143,7 +146,7 @@ async function * readEvents (body: IncomingMessage): AsyncGenerator<ExportedEven
     }
   } catch (error) {
     if (error instanceof ExportError) throw error
-    throw new ExportError(`the export broke off (${(error as NodeJS.ErrnoException).code ?? (error as Error).message})`)
+    throw new ExportError(`the export broke off (${(error as NodeJS.ErrnoException).code})`)
   }
   if (rest !== '') yield parseLine(rest)
 }

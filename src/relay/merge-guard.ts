@@ -1,10 +1,11 @@
 import { createHmac, randomBytes } from 'node:crypto'
+import { makeRoom } from '../concurrency/make-room.ts'
 import type { Config } from '../config.ts'
 import type { PendingEvent } from '../identity/event.ts'
 import type { Verdict } from '../identity/verdict.ts'
 import type { Log } from '../log.ts'
 
-/** The most pairs of ids in memory, some 30 MB. Beyond that the one that has not been used for longest is forgotten. */
+/** The most pairs of ids in memory, some 30 MB. Beyond that those that have not been used for longest are forgotten. */
 const MAX_PAIRS = 100_000
 
 type Settings = Pick<Config, 'MAX_ANON_PER_USER' | 'MAX_USERS_PER_ANON' | 'MERGE_GUARD_WINDOW_MS' | 'MERGE_GUARD'>
@@ -50,10 +51,10 @@ export function createMergeGuard (config: Settings, log: Log, maxPairs = MAX_PAI
     add(anon, -1)
   }
 
-  /** Forgets the pairs that have not been used since `time`, and the oldest if there are more than `maxCount`. */
-  function forget (time: number, maxCount: number): void {
+  /** Forgets the pairs that have not been used since `time`. */
+  function forgetUnused (time: number): void {
     for (const [name, pair] of pairs) {
-      if (pairs.size <= maxCount && pair.usedAt > time) return
+      if (pair.usedAt > time) return
       remove(name, pair)
     }
   }
@@ -78,14 +79,13 @@ export function createMergeGuard (config: Settings, log: Log, maxPairs = MAX_PAI
       known.inFlight++
       return known
     }
-    const expired = now - config.MERGE_GUARD_WINDOW_MS
-    forget(expired, maxPairs)
+    forgetUnused(now - config.MERGE_GUARD_WINDOW_MS)
     const rule = exceeded(user, anon)
     if (rule !== undefined) {
       if (config.MERGE_GUARD === 'refuse') return suspicious(rule)
       log.warn({ insert_id: insertId, rule }, 'suspicious identity')
     }
-    forget(expired, maxPairs - 1)
+    makeRoom(pairs, maxPairs, remove)
     const pair = { user, anon, usedAt: now, inFlight: 1, isKept: false }
     pairs.set(name, pair)
     add(user, 1)

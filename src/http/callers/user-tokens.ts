@@ -1,5 +1,6 @@
 import { createSecretKey, hash } from 'node:crypto'
 import { errors, jwtVerify, type JWTPayload } from 'jose'
+import { makeRoom } from '../../concurrency/make-room.ts'
 import { createSemaphore } from '../../concurrency/semaphore.ts'
 import type { Config } from '../../config.ts'
 import { MAX_ID_BYTES } from '../../identity/ids.ts'
@@ -10,7 +11,7 @@ import { createJwks } from './jwks.ts'
 /** A token is part of the headers, which may have 16 KB. */
 const MAX_TOKEN_LENGTH = 8192
 
-/** The most verified tokens in memory, each some 500 bytes. Beyond it the oldest is verified again. */
+/** The most verified tokens in memory, each some 500 bytes. Beyond it the oldest are verified again. */
 const MAX_CACHED = 10_000
 
 /** A verification takes a tenth of a millisecond. The results of many at once would block a turn of the event loop. */
@@ -111,7 +112,7 @@ export async function createUserTokens (config: Config, log: Log) {
   }
 
   function remember (digest: string, entry: Verified): void {
-    if (verified.size >= MAX_CACHED) verified.delete(verified.keys().next().value as string)
+    makeRoom(verified, MAX_CACHED)
     verified.set(digest, entry)
   }
 }

@@ -1,9 +1,10 @@
 import type { FastifyRateLimitStore } from '@fastify/rate-limit'
+import { makeRoom } from '../../concurrency/make-room.ts'
 import { throttledError, type Log } from '../../log.ts'
 import { withTimeout, FOREGROUND_TIMEOUT_MS, type Redis } from '../../redis.ts'
 
 /**
- * The most callers in memory below their limit, and as many at it. Beyond that the one with the oldest window is
+ * The most callers in memory below their limit, and as many at it. Beyond that those with the oldest windows are
  * forgotten. A flood of new addresses therefore frees no caller that is at its limit.
  */
 const MAX_CALLERS = 100_000
@@ -88,7 +89,7 @@ function createCounter (windowMs: number): (key: string, amount: number, limit: 
 
   function move (key: string, window: Window, from: Map<string, Window>, to: Map<string, Window>): void {
     from.delete(key)
-    if (to.size >= MAX_CALLERS) to.delete(to.keys().next().value as string)
+    makeRoom(to, MAX_CALLERS)
     to.set(key, window)
   }
 

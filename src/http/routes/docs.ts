@@ -37,7 +37,7 @@ export const docs: FastifyPluginAsync<{ document: () => Promise<object> }> = asy
     const page = once(async () => asPage(await read()))
     app.get(path, { schema: { hide: true } }, async (request, reply) => {
       reply.type(type)
-      if (path === '/docs') reply.header('content-security-policy', POLICY)
+      if (path === '/docs') reply.headers({ 'content-security-policy': POLICY, 'referrer-policy': 'no-referrer' })
       return sendPage(request, reply, await page())
     })
   }
