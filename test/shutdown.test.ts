@@ -180,6 +180,8 @@ t.test('the relay shuts down when npm start ends or is killed', async t => {
     const started = performance.now()
     while (await alive() && performance.now() - started < 10_000) await sleep(100)
     t.ok(performance.now() - started < 5000, `after ${signal} the relay ends within 5 s`)
+    // The last lines are written when the process exits.
+    while (!/"shutdown started"/.test(output) && performance.now() - started < 10_000) await sleep(50)
     t.match(output, /"shutdown started"/, `after ${signal} the relay shuts down in order`)
   }
 })

@@ -9,9 +9,9 @@ export function makeRoom<Key, Value> (
   map: Map<Key, Value>, max: number, remove = (key: Key, _value: Value): unknown => map.delete(key)
 ): void {
   if (map.size < max) return
-  let count = Math.ceil(max / PARTS)
+  const rest = map.size - Math.ceil(max / PARTS)
   for (const [key, value] of map) {
-    if (count-- === 0) return
+    if (map.size <= rest) break
     remove(key, value)
   }
 }
