@@ -49,16 +49,13 @@ t.test('a line says what was wrong, and which trace it belongs to', async t => {
   const trace = '4bf92f3577b34da6a3ce929d0e0e4736'
   await post(identity(), { headers: { traceparent: `00-${trace}-00f067aa0ba902b7-01` } })
   await post(identity(), { headers: { traceparent: 'x' } })
-  await post({ identified_id: 'a secret id', anon_id: 'x', properties: { token: 'x' } }, { headers: { traceparent: `00-${trace}-00f067aa0ba902b7-01` } })
-  await post(identity(), { headers: { origin: `https://${'x'.repeat(200)}.example` } })
-  await inject({ url: `/${'y'.repeat(200)}?secret=1` })
-  const [ok, other, bad, foreign, unknown] = logged().filter(line => line.msg === 'request completed')
+  await post({ identified_id: 'a secret id', anon_id: 'x', properties: { token: 'x' }, 'a secret field': 1 }, { headers: { traceparent: `00-${trace}-00f067aa0ba902b7-01` } })
+  await inject({ url: '/a secret path?secret=1' })
+  const [ok, other, bad] = logged().filter(line => line.msg === 'request completed')
   t.match(ok, { status: 200, trace_id: trace })
   t.notOk('trace_id' in (other as object))
-  t.match(bad, { status: 400, trace_id: trace, code: 'invalid_request', pointers: ['/anon_id', '/properties/token'] })
-  t.match(foreign, { status: 403, origin: `https://${'x'.repeat(92)}` })
-  t.match(unknown, { status: 404, path: `/${'y'.repeat(99)}` })
-  t.notMatch(JSON.stringify(logged()), /a secret id|secret=1/)
+  t.match(bad, { status: 400, trace_id: trace, code: 'invalid_request', pointers: ['', '/anon_id', '/properties'] })
+  t.notMatch(JSON.stringify(logged()), /a secret|secret=1/)
 })
 
 t.test('a caller\'s request id is kept if it is safe in a log', async t => {

@@ -26,9 +26,6 @@ import { identify } from './routes/identify.ts'
 /** Time in one turn of the event loop for all large bodies together. */
 const SLICE_MS = 5
 
-/** The most characters of an unknown path in the log. */
-const MAX_PATH_LENGTH = 100
-
 /** The shortest time between two log lines about connections that cannot be accepted. */
 const LOG_INTERVAL_MS = 60_000
 
@@ -100,7 +97,6 @@ export async function buildApp (config: Config, dependencies: Dependencies) {
     const path = url.split('?')[0] as string
     const allowed = methods.get(path.replace(/(?<=.)\/$/, ''))
     if (allowed !== undefined) return reply.header('allow', allowed.join(', ')).problem('method_not_allowed')
-    reply.logLine.details = { ...reply.logLine.details, path: path.slice(0, MAX_PATH_LENGTH) }
     return reply.problem('not_found')
   })
   // Nearly every response is a constant or a problem, so compiled serializers would only lengthen the start.

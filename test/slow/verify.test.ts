@@ -73,7 +73,8 @@ async function verifyMillion (t: Test, { isGzip = true, cutAfter = 0, log = '' }
   child.stderr.on('data', chunk => { said += String(chunk) })
   const timer = setInterval(() => {
     try {
-      peak = Math.max(peak, Number(/VmHWM:\s+(\d+)/.exec(readFileSync(`/proc/${child.pid}/status`, 'utf8'))?.[1]) / 1024)
+      // A process that has ended has no such line.
+      peak = Math.max(peak, Number(/VmHWM:\s+(\d+)/.exec(readFileSync(`/proc/${child.pid}/status`, 'utf8'))?.[1] ?? 0) / 1024)
     } catch {}
   }, 100)
   const since = performance.now()

@@ -11,9 +11,6 @@ const PREFLIGHT = {
   'access-control-max-age': '7200'
 }
 
-/** The most characters of an origin in the log. */
-const MAX_ORIGIN_LENGTH = 100
-
 interface Options { config: Pick<Config, 'CORS_ORIGINS'> }
 
 /** Lets pages of CORS_ORIGINS read every response, including those of later hooks. */
@@ -43,11 +40,7 @@ export const origins = fp<Options>(async (app, { config }) => {
   app.addHook('onRequest', ({ headers, method }, reply, done) => {
     const { origin } = headers
     if (origin === undefined) return done()
-    if (!allowed.has(origin)) {
-      if (method === 'GET' || method === 'HEAD') return done()
-      reply.logLine.details = { ...reply.logLine.details, origin: origin.slice(0, MAX_ORIGIN_LENGTH) }
-      return reply.problem('forbidden')
-    }
+    if (!allowed.has(origin)) return method === 'GET' || method === 'HEAD' ? done() : reply.problem('forbidden')
     const isPreflight = method === 'OPTIONS' && 'access-control-request-method' in headers
     return isPreflight ? reply.code(204).headers(PREFLIGHT).send() : done()
   })

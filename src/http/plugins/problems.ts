@@ -18,14 +18,15 @@ declare module 'fastify' {
   }
 }
 
-/** The pointers of a 400 that its log line names, and the length of each. A pointer may have a name of the caller's. */
-const MAX_POINTERS = 10
-const MAX_POINTER_LENGTH = 100
+/** Returns the part of a pointer that the log may have: other names are the caller's, and might be a secret. */
+function knownPart (pointer: string): string {
+  return /^\/(?:identified_id|anon_id|distinct_id|properties|identities)(?=\/|$)/.exec(pointer)?.[0] ?? ''
+}
 
 /** Adds `problem` to replies, and turns every error around a handler into a problem. Unexpected errors are logged. */
 export const problems = fp<{ logger: Logger }>(async (app, { logger }) => {
   app.decorateReply('problem', function (code, extras = {}) {
-    const pointers = extras.errors?.slice(0, MAX_POINTERS).map(({ pointer }) => pointer.slice(0, MAX_POINTER_LENGTH))
+    const pointers = extras.errors && [...new Set(extras.errors.map(({ pointer }) => knownPart(pointer)))]
     this.logLine.details = { ...this.logLine.details, code, ...pointers && { pointers } }
     if (extras.retryAfter !== undefined) this.header('retry-after', extras.retryAfter)
     return send(this, code, extras)

@@ -10,10 +10,8 @@ export type LogLine = Pick<AccessLine, 'insertId' | 'sent'> & { details: Details
 export interface Details {
   code?: string
   cause?: string
-  /** The JSON Pointers of a 400, the origin of a 403, and the path of a 404. */
+  /** The broken fields of a 400. */
   pointers?: string[]
-  origin?: string
-  path?: string
   /** The trace of the caller's `traceparent` (W3C Trace Context). */
   trace_id?: string
   identities?: number
