@@ -82,14 +82,12 @@ t.test('no request follows an ambiguous one on its connection, whatever refuses 
   const length = `content-length: ${body.length}\r\n`
   const next = `POST /identify HTTP/1.1\r\nhost: x\r\nauthorization: Bearer ${KEY}\r\ncontent-type: application/json\r\n${length}\r\n${body}`
   const post = 'POST /identify HTTP/1.1\r\n'
-  // Node 24 refuses so many headers itself.
-  const major = Number(process.versions.node.split('.')[0])
   const rows: [what: string, bytes: string, status: number][] = [
     ['two hosts, without credentials', `${post}host: x\r\nhost: y\r\n\r\n`, 401],
     ['no host, from a foreign page', `${post}origin: https://evil.example\r\n\r\n`, 403],
     ['gzip, chunked and a forged token', `${post}host: x\r\nauthorization: Bearer a.b.c\r\ntransfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n`, 401],
     ['chunked from HTTP/1.0', 'POST /identify HTTP/1.0\r\nhost: x\r\nconnection: keep-alive\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n', 401],
-    ['many headers, without credentials', `${post}host: x\r\n${'b:\r\n'.repeat(200)}\r\n`, major < 24 ? 401 : 431],
+    ['many headers, without credentials', `${post}host: x\r\n${'b:\r\n'.repeat(200)}\r\n`, 401],
     ['a URL that is none, without a host', 'POST /%dentify HTTP/1.1\r\n\r\n', 400],
     ['an upgrade', 'GET /livez HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n', 200]
   ]
@@ -101,7 +99,8 @@ t.test('no request follows an ambiguous one on its connection, whatever refuses 
     setTimeout(() => socket.write(next), 50)
     await Promise.race([once(socket, 'close'), sleep(1000)])
     socket.destroy()
-    t.same(statuses(answers), [status], what)
+    // Newer versions of Node refuse so many headers themselves.
+    t.same(statuses(answers).map(found => found === 431 ? 401 : found), [status], what)
     t.match(answers, /connection: close/i, what)
   }
   t.equal(sandbox.requests.length, 0)
