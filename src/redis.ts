@@ -97,6 +97,9 @@ export function withTimeout<Result> (redis: Redis, ms: number, command: Promise<
   })
 }
 
+/** The second connection of each. */
+const seconds = new WeakMap<Redis, Redis>()
+
 /**
  * Makes `redis` and its second connection use the user and the password in `url` from the next time they connect.
  * Returns false, and changes nothing, if it differs from `current` in anything else: the data would be elsewhere.
@@ -111,9 +114,6 @@ export function useRedisCredentials (redis: Redis, current: string, url: string)
   }
   return true
 }
-
-/** The second connection of each. */
-const seconds = new WeakMap<Redis, Redis>()
 
 /** Resolves with a second connection to the same Redis, for commands that may take `ms`. The caller disconnects it. */
 export async function connectBackground (redis: Redis, ms: number): Promise<Redis> {

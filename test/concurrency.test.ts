@@ -2,6 +2,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
 import { createBatcher } from '#src/concurrency/batcher.js'
 import { createKeyedMutex } from '#src/concurrency/keyed-mutex.js'
+import { createSemaphore } from '#src/concurrency/semaphore.js'
 import { createSlices } from '#src/concurrency/slices.js'
 
 t.test('the batcher keeps order and bounds, answers late items, and passes on an exception', async t => {
@@ -54,6 +55,21 @@ t.test('the batcher bounds the bytes of an array', async t => {
   t.same(sent, [[4, 4], [4], [10], [30], [1, 9], [1]])
   await batcher.add(5)
   t.same(sent.at(-1), [5], 'all bytes are released after the send')
+})
+
+t.test('the semaphore runs so many tasks at a time, in order, and a failure ends only its own', async t => {
+  const { run, running } = createSemaphore(2)
+  const begun: number[] = []
+  let most = 0
+  const tasks = Array.from({ length: 6 }, (_, index) => run(async () => {
+    begun.push(index)
+    most = Math.max(most, running())
+    await sleep(5)
+    if (index === 1) throw new Error('a bug')
+    return index
+  }))
+  t.same((await Promise.allSettled(tasks)).map(result => result.status === 'fulfilled' ? result.value : result.reason.message), [0, 'a bug', 2, 3, 4, 5])
+  t.same([begun, most, running()], [[0, 1, 2, 3, 4, 5], 2, 0])
 })
 
 t.test('the keyed mutex runs one task of a key at a time, and an exception reaches only its own caller', async t => {

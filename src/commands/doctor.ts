@@ -1,13 +1,13 @@
 import { randomUUID } from 'node:crypto'
 import { lookup } from 'node:dns/promises'
 import { once } from 'node:events'
-import http, { type IncomingMessage } from 'node:http'
-import https from 'node:https'
+import type { IncomingMessage } from 'node:http'
 import type { TLSSocket } from 'node:tls'
 import { parseArgs } from 'node:util'
 import type { Config } from '../config.ts'
 import { identifyEvent } from '../identity/event.ts'
 import { baseUrl, createMixpanel } from '../mixpanel/client.ts'
+import { startGet } from '../mixpanel/get.ts'
 import { UsageError } from './admin.ts'
 
 const TIMEOUT_MS = 5000
@@ -62,15 +62,7 @@ async function checkDns (base: URL): Promise<string> {
   return `${hostOf(base)} has ${addresses.map(({ address }) => address).join(', ')}.`
 }
 
-/** Returns a GET that is being sent. The caller destroys it. */
-function get (base: URL) {
-  const url = `${base.href.replace(/\/+$/, '')}/`
-  const options = { timeout: TIMEOUT_MS, rejectUnauthorized: true, agent: false }
-  // Not fetch, which refuses the ports of other protocols.
-  const request = base.protocol === 'https:' ? https.get(url, options) : http.get(url, options)
-  request.on('timeout', () => request.destroy(new Error(`no answer in ${TIMEOUT_MS} ms`)))
-  return request
-}
+const get = (base: URL) => startGet(`${base.href.replace(/\/+$/, '')}/`, TIMEOUT_MS)
 
 async function checkTls (base: URL): Promise<string> {
   const request = get(base)
@@ -78,6 +70,7 @@ async function checkTls (base: URL): Promise<string> {
   const [socket] = await Promise.race([once(request, 'socket'), failure]) as [TLSSocket]
   await Promise.race([once(socket, 'secureConnect'), failure])
   const text = `${socket.getProtocol()}, and the certificate is valid until ${socket.getPeerCertificate().valid_to}.`
+  // The end of the connection is no failure.
   failure.catch(() => {})
   request.destroy()
   return text

@@ -44,8 +44,6 @@ export async function openapi (config: Config): Promise<{ document: object, yaml
   const app = await buildApp(config, {
     relay: createRelay(config, client, log.logger),
     ...log,
-    // No request needs them: the app does not listen.
-    tokens: undefined,
     document: openapi.bind(undefined, config),
     async prepare (app) {
       await app.register(swagger, {

@@ -1,6 +1,6 @@
 import { Type } from '@sinclair/typebox'
 import type { Config } from '../config.ts'
-import { INVISIBLE, isJunkId, isTooLong, MAX_ID_BYTES, withoutPrefix } from './ids.ts'
+import { INVISIBLE, isJunkId, isTooLong, MAX_ID_BYTES, NO_CONTROL_CHARACTERS, withoutPrefix } from './ids.ts'
 
 type Settings = Pick<Config, 'MIXPANEL_ID_MERGE' | 'ANON_ID_FORMAT'>
 
@@ -20,7 +20,7 @@ export function anonIdSchema ({ MIXPANEL_ID_MERGE: mode, ANON_ID_FORMAT: format 
     return Type.String({
       minLength: 1,
       allOf: [
-        { pattern: '^[^\\p{Cc}\\p{Cs}]*$', description: 'must not contain control characters or lone surrogates' },
+        NO_CONTROL_CHARACTERS,
         {
           pattern: `^(?!\\$device:[${INVISIBLE}])(?:[^${INVISIBLE}](?:[\\s\\S]*[^${INVISIBLE}])?)?$`,
           description: 'must not begin or end with white space or an invisible character'

@@ -3,17 +3,18 @@ import type { Config } from '../config.ts'
 import { MAX_IDENTITY_BYTES, type Identity } from './identity.ts'
 import { deviceKey, withoutPrefix } from './ids.ts'
 
+/** The names of the two ids in each mode. */
+type MergingIds = { $identified_id: string, $anon_id: string } | { $user_id: string, $device_id: string }
+
 /** An event that merges two ids, as Mixpanel reads it, without the token. */
 export interface MergingEvent {
   event: string
-  properties: Readonly<Record<string, unknown>> & { $insert_id: string, time: number } & (
-    { $identified_id: string, $anon_id: string } | { $user_id: string, $device_id: string }
-  )
+  properties: Readonly<Record<string, unknown>> & { $insert_id: string, time: number } & MergingIds
 }
 
 /**
- * An event that waits for Mixpanel. It is serialised once and frozen, so a repeat has the same bytes. It
- * holds no token; the client adds it to each request.
+ * An event that waits for Mixpanel. It is serialised once and frozen, so a repeat has the same bytes. It holds no
+ * token; the client adds it to each request.
  */
 export interface PendingEvent {
   /** `{"event":…,"properties":{…}}` */
@@ -22,8 +23,10 @@ export interface PendingEvent {
   readonly bytes: number
   /** The user's id, as the caller gave it. */
   readonly userId: string
-  /** Equal for all spellings of an anonymous id: Mixpanel's SDKs add `$device:`, and a UUID has no case. In projects
-   * with Simplified ID Merge case matters. */
+  /**
+   * Equal for all spellings of an anonymous id: Mixpanel's SDKs add `$device:`, and a UUID has no case. In projects
+   * with Simplified ID Merge case matters.
+   */
   readonly anonKey: string
   readonly insertId: string
   /** Seconds since the epoch. */
@@ -42,37 +45,32 @@ export function createToEvent (
 
 /** Returns the `$identify` event of an identity, which merges in projects with Original ID Merge. */
 export function identifyEvent (identity: Identity, now: number): PendingEvent {
-  const { identified_id: identified, anon_id: anon, properties } = identity
-  return pending({
-    event: '$identify',
-    properties: {
-      ...properties,
-      // Documented as optional, but without it Mixpanel has been seen to answer "distinct_id, missing or empty".
-      distinct_id: identified,
-      $identified_id: identified,
-      $anon_id: anon,
-      time: Math.floor(now / 1000),
-      $insert_id: insertIdOf(identified, anon, properties)
-    }
-  })
+  const { identified_id: identified, anon_id: anon } = identity
+  return mergingEvent('$identify', { $identified_id: identified, $anon_id: anon }, anon, identity, now)
 }
 
 /**
  * Returns the event of an identity in projects with Simplified ID Merge, which ignore `$identify`: there any other
  * event with both ids merges. Mixpanel stores a `$device_id` without its prefix, and never finds one that has two.
  */
-function ordinaryEvent (identity: Identity, now: number, event: string): PendingEvent {
-  const { identified_id: identified, anon_id: anon, properties } = identity
-  const device = withoutPrefix(anon)
+function ordinaryEvent (identity: Identity, now: number, name: string): PendingEvent {
+  const device = withoutPrefix(identity.anon_id)
+  return mergingEvent(name, { $user_id: identity.identified_id, $device_id: device }, device, identity, now)
+}
+
+/** Returns an event with these `ids`; `anon` is the anonymous id as Mixpanel stores it. */
+function mergingEvent (
+  event: string, ids: MergingIds, anon: string, { identified_id: identified, properties }: Identity, now: number
+): PendingEvent {
   return pending({
     event,
     properties: {
       ...properties,
+      // Documented as optional, but without it Mixpanel has been seen to answer "distinct_id, missing or empty".
       distinct_id: identified,
-      $user_id: identified,
-      $device_id: device,
+      ...ids,
       time: Math.floor(now / 1000),
-      $insert_id: insertIdOf(identified, device, properties)
+      $insert_id: insertIdOf(identified, anon, properties)
     }
   })
 }

@@ -1,7 +1,7 @@
 import { Type, type Static } from '@sinclair/typebox'
 import type { Config } from '../config.ts'
 import { anonIdSchema, checkAnonId } from './anon-id.ts'
-import { INVISIBLE, isJunkId, isSameDevice, isTooLong, MAX_ID_BYTES } from './ids.ts'
+import { INVISIBLE, NO_CONTROL_CHARACTERS, isJunkId, isSameDevice, isTooLong, MAX_ID_BYTES } from './ids.ts'
 
 /** An invalid field of a request: `pointer` is a JSON Pointer into the body, `detail` states the rule. */
 export interface FieldError { pointer: string, detail: string }
@@ -46,7 +46,7 @@ const identitySchema = (settings: Settings) => Type.Object({
     minLength: 1,
     maxLength: MAX_ID_BYTES,
     allOf: [
-      { pattern: '^[^\\p{Cc}\\p{Cs}]*$', description: 'must not contain control characters or lone surrogates' },
+      NO_CONTROL_CHARACTERS,
       {
         pattern: `^(?:[^${INVISIBLE}](?:[\\s\\S]*[^${INVISIBLE}])?)?$`,
         description: 'must not begin or end with white space or an invisible character'

@@ -10,6 +10,11 @@ export const MAX_ID_BYTES = 255
 /** Characters that a person does not see at the end of an id, for a character class with the flag `u`. */
 export const INVISIBLE = '\\s\\u00AD\\u180E\\u200B-\\u200F\\u202A-\\u202E\\u2060-\\u206F\\u2800\\uFEFF'
 
+/** A rule of both ids, for their schemas. */
+export const NO_CONTROL_CHARACTERS = {
+  pattern: '^[^\\p{Cc}\\p{Cs}]*$', description: 'must not contain control characters or lone surrogates'
+}
+
 /**
  * Returns true for a placeholder that many users would share: a junk value, `[object …]`, only zeros, or any of these
  * in one pair of quotes or parentheses.

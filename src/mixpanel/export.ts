@@ -1,12 +1,12 @@
+import { once } from 'node:events'
+import type { IncomingMessage } from 'node:http'
+import type { Readable } from 'node:stream'
 import { StringDecoder } from 'node:string_decoder'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { createGunzip } from 'node:zlib'
-import { once } from 'node:events'
-import http, { type IncomingMessage } from 'node:http'
-import https from 'node:https'
-import type { Readable } from 'node:stream'
 import type { Config } from '../config.ts'
 import { createCredentials } from './credentials.ts'
+import { startGet } from './get.ts'
 
 const BASE_URLS = {
   us: 'https://data.mixpanel.com', eu: 'https://data-eu.mixpanel.com', in: 'https://data-in.mixpanel.com'
@@ -100,17 +100,10 @@ export async function * exportEvents (
   }
 }
 
-/**
- * Resolves with an answer, whose body is read no faster than it is used. undici would read on while its consumer is
- * slow: a million rows took 300 MB of memory.
- */
+/** Resolves with an answer, whose body is read no faster than it is used. */
 async function get (url: string, headers: Record<string, string>): Promise<IncomingMessage> {
-  // NODE_TLS_REJECT_UNAUTHORIZED must not let the account reach another server.
-  const options = { headers, timeout: SILENCE_MS, rejectUnauthorized: true }
-  const request = url.startsWith('https:') ? https.get(url, options) : http.get(url, options)
-  request.on('timeout', () => request.destroy(Object.assign(new Error('no answer'), { code: 'ETIMEDOUT' })))
   try {
-    const [answer] = await once(request, 'response') as [IncomingMessage]
+    const [answer] = await once(startGet(url, SILENCE_MS, headers), 'response') as [IncomingMessage]
     return answer
   } catch (error) {
     throw new ExportError(`Mixpanel cannot be reached (${(error as NodeJS.ErrnoException).code})`)
@@ -133,8 +126,7 @@ async function * readEvents (body: IncomingMessage): AsyncGenerator<ExportedEven
   // Otherwise an answer that was cut between two lines would look complete.
   const hasEnd = isGzip || headers['content-length'] !== undefined || headers['transfer-encoding'] === 'chunked'
   if (!hasEnd) throw new ExportError('the answer has no length, so its end cannot be told')
-  const gunzip = createGunzip()
-  const bytes: Readable = isGzip ? body.on('error', error => gunzip.destroy(error)).pipe(gunzip) : body
+  const bytes = isGzip ? unzipped(body) : body
   const decoder = new StringDecoder('utf8')
   let rest = ''
   try {
@@ -149,6 +141,12 @@ async function * readEvents (body: IncomingMessage): AsyncGenerator<ExportedEven
     throw new ExportError(`the export broke off (${(error as NodeJS.ErrnoException).code})`)
   }
   if (rest !== '') yield parseLine(rest)
+}
+
+function unzipped (body: Readable): Readable {
+  const gunzip = createGunzip()
+  // pipe() passes on no errors.
+  return body.on('error', error => gunzip.destroy(error)).pipe(gunzip)
 }
 
 function parseLine (line: string): ExportedEvent[] {

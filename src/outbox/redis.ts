@@ -77,7 +77,7 @@ export async function openRedis (
 
   async function range (key: string, count: number, after?: string): Promise<Fields[]> {
     const command = background.xrange(key, startOf(after), '+', 'COUNT', count)
-    return await withTimeout(background, BACKGROUND_TIMEOUT_MS, command) as Fields[]
+    return await inTime(background, command) as Fields[]
   }
 
   const remove = (entries: Entry[]) =>
@@ -129,6 +129,9 @@ export async function openRedis (
   }
 }
 
+/** Resolves with the result of a command that no caller waits for. */
+const inTime = <Result> (redis: Redis, command: Promise<Result>) => withTimeout(redis, BACKGROUND_TIMEOUT_MS, command)
+
 const pointerOf = (fingerprint: string) => `identify-relay:${fingerprint}:outbox`
 const nameKeys = (fingerprint: string) => KEYS.map(name => `{identify-relay:${fingerprint}}:${name}`)
 
@@ -139,23 +142,22 @@ const nameKeys = (fingerprint: string) => KEYS.map(name => `{identify-relay:${fi
 async function keysOf (redis: Redis, { fingerprint, earlier }: ProjectNames): Promise<string[]> {
   if (earlier.length === 0) return nameKeys(fingerprint)
   const pointer = pointerOf(fingerprint)
-  const inTime = <Result> (command: Promise<Result>) => withTimeout(redis, BACKGROUND_TIMEOUT_MS, command)
-  let name = await inTime(redis.get(pointer))
+  let name = await inTime(redis, redis.get(pointer))
   if (name === null) {
-    const found = await Promise.all(earlier.map(one => inTime(redis.exists(...nameKeys(one).slice(0, 2)))))
-    await inTime(redis.set(pointer, earlier[Math.max(0, found.findIndex(count => count > 0))] as string, 'NX'))
-    name = await inTime(redis.get(pointer))
+    const found = await Promise.all(earlier.map(one => inTime(redis, redis.exists(...nameKeys(one).slice(0, 2)))))
+    await inTime(redis, redis.set(pointer, earlier[Math.max(0, found.findIndex(count => count > 0))] as string, 'NX'))
+    name = await inTime(redis, redis.get(pointer))
   }
   return nameKeys(name as string)
 }
 
 /** Rejects when a relay with another MIXPANEL_ID_MERGE has left events of the project. */
 async function refuseOtherMode (redis: Redis, { otherMode }: Project): Promise<void> {
-  const inTime = <Result> (command: Promise<Result>) => withTimeout(redis, BACKGROUND_TIMEOUT_MS, command)
   const { fingerprint, earlier } = otherMode
-  const names = [fingerprint, ...earlier, await inTime(redis.get(pointerOf(fingerprint)))].filter(name => name !== null)
+  const pointer = await inTime(redis, redis.get(pointerOf(fingerprint)))
+  const names = [fingerprint, ...earlier, ...pointer === null ? [] : [pointer]]
   const streams = names.flatMap(name => nameKeys(name).slice(0, 2))
-  const lengths = await Promise.all(streams.map(name => inTime(redis.xlen(name))))
+  const lengths = await Promise.all(streams.map(name => inTime(redis, redis.xlen(name))))
   if (lengths.some(length => length > 0)) throw new Error(`OUTBOX=redis: ${OTHER_MODE}`)
 }
 

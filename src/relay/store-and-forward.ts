@@ -23,7 +23,10 @@ export interface StoreOptions {
 const overloaded = (reason: string): Verdict => ({ ...OVERLOADED, reason })
 const NOT_STORED = overloaded('The outbox is full or cannot write. The identity was not stored.')
 const STORE_UNREACHABLE = overloaded('The outbox is out of reach. The identity was neither sent nor stored.')
-const MAYBE_STORED = overloaded('The outbox did not answer in time and may have stored the identity. A repeat is safe.')
+const MAYBE_STORED: Verdict = {
+  ...overloaded('The outbox did not answer in time and may have stored the identity. A repeat is safe.'),
+  taken: 'unknown'
+}
 
 /**
  * Sends identities, and stores those that Mixpanel cannot take now. While an event waits in the outbox, later ones with

@@ -18,8 +18,6 @@ interface Options {
   cooldownMs?: number
 }
 
-export type Jwks = Awaited<ReturnType<typeof createJwks>>
-
 /**
  * Resolves with the public keys at `url` once they are loaded; rejects with a sentence when they cannot be. They are
  * fetched again every five minutes, and when a token names an unknown key, but for tokens only once in ten seconds.

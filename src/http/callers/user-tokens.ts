@@ -25,7 +25,7 @@ const SYMMETRIC = ['HS256']
 const ASYMMETRIC = ['RS256', 'RS384', 'RS512', 'PS256', 'PS384', 'PS512', 'ES256', 'ES384', 'ES512', 'EdDSA', 'Ed25519']
 
 /** The error of a token that proves nothing. `message` is for the log: a code of jose, or a noun phrase. */
-export class TokenError extends Error {}
+class TokenError extends Error {}
 
 export type UserTokens = Awaited<ReturnType<typeof createUserTokens>>
 
