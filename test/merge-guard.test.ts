@@ -117,6 +117,15 @@ t.test('MERGE_GUARD=warn logs and sends', async t => {
   t.equal(sandbox.requests.length, 3)
 })
 
+t.test('an identity that the outbox may have stored counts, and one that it has refused does not', async t => {
+  const relay = await startRelayWithOutbox(t, { env: { MAX_ANON_PER_USER: '1' } })
+  const status = async () => (await relay.post(identity({ identified_id: 'a' }), { headers: { prefer: 'respond-async' } })).statusCode
+  relay.outbox.put = async () => 'rejected'
+  t.same([await status(), await status()], [503, 503])
+  relay.outbox.put = async () => 'unknown'
+  t.same([await status(), await status()], [503, 409])
+})
+
 t.test('an identity that is queued counts', async t => {
   const { post } = await startRelayWithOutbox(t, { env: { MAX_ANON_PER_USER: '1' } })
   t.equal((await post(identity({ identified_id: 'a' }), { headers: { prefer: 'respond-async' } })).statusCode, 202)
