@@ -12,15 +12,27 @@ export class ConfigError extends Error {
 
 export type Config = Readonly<Static<typeof Environment>>
 
-/** Variables that this version does not support. Ignoring one could leave open what its operator meant to close. */
-const UNSUPPORTED = /^METRICS_PORT$/
-
-/** What Kubernetes sets for a Service, such as METRICS_PORT for one that is called `metrics`. */
-export const isServiceLink = (value = '') => /^(?:tcp|udp|sctp):\/\//.test(value)
+/**
+ * Returns the variables in `env` that Kubernetes has set for a Service, such as METRICS_PORT for one that is called
+ * `metrics`. They are no configuration.
+ */
+export const serviceLinks = (env: Env) => Object.keys(Environment.properties)
+  .filter(name => name.endsWith('_PORT') && /^(?:tcp|udp|sctp):\/\//.test(env[name] ?? ''))
 
 /** The variables that hold secrets. `<NAME>_FILE`, the path of a file with the value, may replace each of them. */
 export const SECRETS = Object.entries<TSchema>(Environment.properties)
   .filter(([, schema]) => schema.secret === true).map(([name]) => name)
+
+/** Returns every secret of a configuration, the parts of URLs and of accounts included. */
+export function secretsOf (config: Config): string[] {
+  const { REDIS_URL: redis, MIXPANEL_SERVICE_ACCOUNT: account } = config
+  const password = redis === undefined ? '' : decodeURIComponent(new URL(redis).password)
+  const values = [
+    config.MIXPANEL_TOKEN, account, account?.replace(/^[^:]*:/, ''), config.JWT_SECRET, redis, password,
+    ...(config.API_KEYS ?? []).map(entry => splitApiKey(entry).key)
+  ]
+  return values.filter((value): value is string => value !== undefined && value !== '')
+}
 
 /** Returns the names of the secrets that `env` takes from files, each with its path. */
 export const secretFiles = (env: Env): [name: string, path: string][] =>
@@ -33,9 +45,10 @@ export const secretFiles = (env: Env): [name: string, path: string][] =>
 export function readConfig (env: Env, readFile: (path: string) => string): Config {
   const mistakes = new Map<string, string>()
   const values: Record<string, unknown> = {}
+  const links = serviceLinks(env)
   for (const [name, schema] of Object.entries<TSchema>(Environment.properties)) {
     const isFile = schema.secret === true && Boolean(env[`${name}_FILE`])
-    const raw = isFile ? secretFromFile(name, env, readFile, mistakes) : env[name]
+    const raw = isFile ? secretFromFile(name, env, readFile, mistakes) : links.includes(name) ? '' : env[name]
     if (raw && schema.type === 'string' && !isBare(raw)) {
       mistakes.set(name, `${name} must not have white space or quotes around its value.`)
     }
@@ -103,8 +116,8 @@ function conflicts (config: Config, env: Env): string[] {
   const keys = config.API_KEYS instanceof Array ? config.API_KEYS.map(entry => splitApiKey(String(entry)).key) : []
   const isOpen = Value.Check(Environment.properties.HOST, config.HOST) && !isLoopback(config.HOST)
   const rules: [isBroken: boolean, sentence: string][] = [
-    ...Object.keys(env).filter(name => UNSUPPORTED.test(name) && !isServiceLink(env[name]))
-      .map((name): [boolean, string] => [isSet(name), `${name} is not supported by this version: unset it.`]),
+    [isSet('METRICS_HOST') && config.METRICS_PORT === undefined, 'METRICS_HOST needs METRICS_PORT.'],
+    [config.METRICS_PORT === config.PORT && config.PORT !== 0, 'METRICS_PORT and PORT must differ.'],
     [isSet('MIXPANEL_SERVICE_ACCOUNT') && !isSet('MIXPANEL_PROJECT_ID'),
       'MIXPANEL_SERVICE_ACCOUNT needs MIXPANEL_PROJECT_ID.'],
     ...plainUpstreams(config).map((name): [boolean, string] => [config.ALLOW_HTTP_UPSTREAM !== true,

@@ -53,6 +53,9 @@ const flag = () => Type.Boolean({ default: false, rule: 'must be true or false' 
 const secret = (shape: { pattern: string } | { format: string }, rule: string) =>
   Type.String({ ...shape, rule, secret: true })
 
+const HOST_PATTERN = '^[0-9A-Za-z.:-]+$'
+const HOST_RULE = 'must be an address or a host name'
+
 const API_KEYS_RULE = 'must be 1 to 100 keys, each as key or name:key, separated by commas or lines. A key has at ' +
   'least 16 printable characters, and no colon, comma, quotes or white space. A name has letters, digits, ., _ and -'
 
@@ -83,8 +86,10 @@ export const Environment = Type.Object({
   MAX_BATCH: integer(1, 2000, 50),
   MAX_IN_FLIGHT: integer(1, 1_000_000, 5000),
   MAX_BYTES_IN_FLIGHT: integer(1, 1_000_000_000_000, 67_108_864),
-  HOST: Type.String({ default: '127.0.0.1', pattern: '^[0-9A-Za-z.:-]+$', rule: 'must be an address or a host name' }),
+  HOST: Type.String({ default: '127.0.0.1', pattern: HOST_PATTERN, rule: HOST_RULE }),
   PORT: integer(0, 65_535, 8080),
+  METRICS_PORT: optionalInteger(0, 65_535),
+  METRICS_HOST: Type.Optional(Type.String({ pattern: HOST_PATTERN, rule: HOST_RULE })),
   LOG_LEVEL: oneOf(['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'], 'info'),
   TRUST_PROXY: list(
     'network', 'must be a comma-separated list of IP addresses or CIDR ranges, none of them /0 or IPv4-mapped'

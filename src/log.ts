@@ -26,7 +26,9 @@ export interface AccessLine {
  * Returns a pino logger, and `logRequest`, which writes an access line at `info` for a quarter of pino's cost. Only
  * `details` needs escapes: methods and routes come from fixed lists, `requestId` and `caller` have fixed alphabets.
  */
-export function createLog (level: string, destination: { write: (line: string) => void }) {
+export function createLog (
+  level: string, destination: { write: (line: string) => void, dropped?: () => number }
+) {
   const logger: Logger = pino({ level, base: null }, destination)
   const info = logger.levels.values.info as number
 
@@ -40,16 +42,40 @@ export function createLog (level: string, destination: { write: (line: string) =
         : `"mixpanel_ms":${sent.mixpanel_ms},"attempts":${sent.attempts},"events":${sent.events},`) +
       `${added}"msg":"request completed"}\n`)
   }
-  return { logger, logRequest: logger.isLevelEnabled('info') ? logRequest : () => {} }
+  return {
+    logger,
+    logRequest: logger.isLevelEnabled('info') ? logRequest : () => {},
+    /** Returns how many lines the destination has dropped. */
+    dropped: () => destination.dropped?.() ?? 0
+  }
 }
 
-/** Returns a function that logs at most once in `ms`, for an error that many requests meet at the same time. */
-export function throttledError (log: Log['error'], ms: number): Log['error'] {
-  let last = -Infinity
-  return (fields, message) => {
-    if (performance.now() - last < ms) return
-    last = performance.now()
-    log(fields, message)
+/** The shortest time between two log lines about one fault that many requests meet. */
+export const LOG_INTERVAL_MS = 60_000
+
+/**
+ * Returns a function that logs `message` at once when it is first called. Calls in the `ms` after a line share the next
+ * one, which has the fields of the last of them. Each line has the number of its calls as `count`.
+ */
+export function throttled (
+  log: Partial<Log> | undefined, level: 'warn' | 'error', message: string, ms = LOG_INTERVAL_MS
+): (fields: object) => void {
+  let last: object = {}
+  let count = 0
+  let timer: NodeJS.Timeout | undefined
+
+  function write (): void {
+    timer = undefined
+    if (count === 0) return
+    log?.[level]?.({ ...last, count }, message)
+    count = 0
+    timer = setTimeout(write, ms).unref()
+  }
+
+  return fields => {
+    last = fields
+    count++
+    if (timer === undefined) write()
   }
 }
 
@@ -121,7 +147,13 @@ export function createDestination (sink: Sink) {
   let lines = ''
   let count = 0
   let dropped = 0
+  let droppedInAll = 0
   let isSinkWorking = true
+
+  function drop (size: number): void {
+    dropped += size
+    droppedInAll += size
+  }
 
   /** Writes the gathered lines, or drops them when the sink has no room. */
   function writeLines (): void {
@@ -130,12 +162,12 @@ export function createDestination (sink: Sink) {
     count = 0
     if (size === 0) return
     if (sink.waiting() + text.length > MAX_WAITING) {
-      dropped += size
+      drop(size)
       return
     }
     sink.write(text, error => {
       isSinkWorking = !error
-      if (error) dropped += size
+      if (error) drop(size)
       else reportDropped()
     })
   }
@@ -157,6 +189,8 @@ export function createDestination (sink: Sink) {
       count++
       if (lines.length > CHUNK) writeLines()
     },
+    /** Returns how many lines were dropped since the start. */
+    dropped: () => droppedInAll,
     /** Writes the gathered lines at once, as far as possible. */
     flush (): void {
       if (count > 0 && isSinkWorking) sink.writeNow(lines)

@@ -1,5 +1,5 @@
 import type { Redis } from 'ioredis'
-import type { Log } from './log.ts'
+import { throttled, type Log } from './log.ts'
 
 export type { Redis }
 
@@ -14,12 +14,29 @@ const CONNECT_COMMAND_TIMEOUT_MS = 1000
 /** A connection that Redis closes while it is idle (its `timeout`) is back sooner, and is no loss. */
 const LOSS_MS = 250
 
+/** Since when Redis is away, and the code or the message of the last error. */
+export interface RedisOutage { since: Date, cause: string }
+
+const outages = new WeakMap<Redis, RedisOutage>()
+
+/** Returns the outage of Redis; undefined while `redis` is connected. */
+export const redisOutage = (redis: Redis): RedisOutage | undefined => outages.get(redis)
+
+interface ConnectOptions {
+  /** What uses Redis, for the log. */
+  uses?: string[]
+  /** False where the relay can do without Redis: then one that is down is no error, and is connected later. */
+  isRequired?: boolean
+}
+
 /**
  * Resolves with a connection to Redis, for commands under `withTimeout`. ioredis reconnects by itself and
  * sends no command twice. In the first moments after a loss commands wait for the next attempt to connect; later they
- * fail at once. Rejects, with a cause that holds no secret, when Redis cannot be reached now.
+ * fail at once. Rejects, with a cause that holds no secret, when Redis refuses the connection, or is down but required.
  */
-export async function connectRedis (url: string, log: Log): Promise<Redis> {
+export async function connectRedis (
+  url: string, log: Log, { uses, isRequired = true }: ConnectOptions = {}
+): Promise<Redis> {
   const { Redis } = await import('ioredis')
   const redis = new Redis(url, {
     lazyConnect: true,
@@ -35,28 +52,41 @@ export async function connectRedis (url: string, log: Log): Promise<Redis> {
   })
   let cause = CLOSED
   redis.on('error', (error: NodeJS.ErrnoException) => { cause = error.code ?? error.message })
+  const warnOfLoss = throttled(log, 'warn', 'Redis connection lost')
+  const warnOfReturn = throttled(log, 'warn', 'Redis connection restored')
+  let lossTimer: NodeJS.Timeout | undefined
+
+  function reportLoss (since: Date): void {
+    outages.set(redis, { since, cause })
+    warnOfLoss({ cause, since: since.toISOString(), uses })
+    // From now on commands fail at once.
+    redis.options.enableOfflineQueue = false
+  }
+
   try {
     await redis.connect()
     // ioredis ignores a database that does not exist, and uses the first one.
     if (redis.options.db) await redis.select(redis.options.db)
   } catch {
-    redis.disconnect()
-    throw new Error(`REDIS_URL: Redis cannot be reached (${cause})`)
+    // Words are a refusal by Redis, such as a wrong password; a code is an error of the connection.
+    const isDown = /^[A-Z_]+$/.test(cause)
+    if (isRequired || !isDown) {
+      redis.disconnect()
+      throw new Error(`REDIS_URL: Redis cannot be reached (${cause})`)
+    }
+    reportLoss(new Date())
   }
-  let lossTimer: NodeJS.Timeout | undefined
   redis.on('close', () => {
-    lossTimer ??= setTimeout(() => {
-      log.error({ cause }, 'Redis connection lost')
-      // From now on commands fail at once.
-      redis.options.enableOfflineQueue = false
-    }, LOSS_MS)
+    lossTimer ??= setTimeout(since => { if (!outages.has(redis)) reportLoss(since) }, LOSS_MS, new Date())
   })
   redis.on('end', () => clearTimeout(lossTimer))
   redis.on('ready', () => {
     clearTimeout(lossTimer)
     lossTimer = undefined
     cause = CLOSED
-    if (!redis.options.enableOfflineQueue) log.info({}, 'Redis connection restored')
+    const outage = outages.get(redis)
+    outages.delete(redis)
+    if (outage !== undefined) warnOfReturn({ since: outage.since.toISOString(), uses })
     redis.options.enableOfflineQueue = true
   })
   return redis

@@ -3,6 +3,7 @@ import { open } from 'node:fs/promises'
 import { isDeepStrictEqual } from 'node:util'
 import type { Config, ConfigError } from './config.ts'
 import type { Log } from './log.ts'
+import { NO_METRICS, type Metrics } from './metrics.ts'
 
 /** How often the files are read. Kubernetes swaps a link to their directory, which no watch on a file would notice. */
 const INTERVAL_MS = 250
@@ -22,9 +23,13 @@ export interface SecretFiles {
 
 interface Options extends SecretFiles {
   log: Log
+  metrics?: Metrics | undefined
   /** Called with the whole configuration after the secret of one variable has changed. */
   onChange: (config: Config) => void
 }
+
+/** A file of a secret: when its value was read, and why what it holds now cannot be used, if so. */
+export interface SecretState { variable: string, readAt: Date, problem: string | undefined }
 
 /** A text, or why there is none. */
 type Content = { text: string } | { cause: string }
@@ -32,12 +37,13 @@ type Content = { text: string } | { cause: string }
 /**
  * Reads the files of secrets again and again, and calls `onChange` for each new valid value. A value counts once two
  * reads have found it, because a file may be half written. When a file becomes unusable, that is logged once, and its
- * earlier value stays. Returns a function that ends the watch.
+ * earlier value stays. `close` ends the watch.
  */
-export function watchSecrets ({ files, texts, reread, log, onChange }: Options): () => void {
+export function watchSecrets ({ files, texts, reread, log, onChange, metrics = NO_METRICS }: Options) {
   const used = new Map(texts)
   const seen = new Map<string, Content>()
   const problems = new Map<string, string>()
+  const readAt = new Map(files.map(([name]) => [name, new Date()]))
   let isClosed = false
 
   function check (name: string, path: string, content: Content): void {
@@ -49,6 +55,7 @@ export function watchSecrets ({ files, texts, reread, log, onChange }: Options):
       const problem = 'cause' in content ? content.cause : use(name, path, content.text)
       if (problem === undefined || problem === problems.get(name)) return
       problems.set(name, problem)
+      metrics.secretReload(name, 'refused')
       log.error({ variable: `${name}_FILE`, cause: problem }, 'secret file unusable, old value kept')
     }
   }
@@ -63,6 +70,8 @@ export function watchSecrets ({ files, texts, reread, log, onChange }: Options):
     }
     used.set(path, text)
     problems.delete(name)
+    readAt.set(name, new Date())
+    metrics.secretReload(name, 'used')
     log.info({ variable: name }, 'secret reloaded')
     onChange(config)
     return undefined
@@ -79,7 +88,12 @@ export function watchSecrets ({ files, texts, reread, log, onChange }: Options):
   }
   if (files.length > 0) checkAll()
 
-  return () => { isClosed = true }
+  return {
+    /** Returns the state of each file. */
+    state: (): SecretState[] => Array.from(readAt, ([variable, at]) =>
+      ({ variable, readAt: at, problem: problems.get(variable) })),
+    close: () => { isClosed = true }
+  }
 }
 
 /** Resolves with the text of a regular file. A pipe, such as bash's <(command), can be read only once, at start. */

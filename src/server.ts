@@ -68,18 +68,23 @@ async function runServe (config: Config, _: string[], secrets: SecretFiles): Pro
     if (isResolving || isWaitingForDisk()) process.kill(process.pid, 'SIGKILL')
   })
   const log = createLog(config.LOG_LEVEL, destination)
-  const { isServiceLink } = await import('./config.ts')
-  if (isServiceLink(process.env.METRICS_PORT)) {
+  const { serviceLinks } = await import('./config.ts')
+  for (const variable of serviceLinks(process.env)) {
     const hint = 'Kubernetes sets it for a Service; enableServiceLinks: false ends that'
-    log.logger.warn({ variable: 'METRICS_PORT', hint }, 'variable ignored')
+    log.logger.warn({ variable, hint }, 'variable ignored')
   }
-  const relay = await serve(config, log, secrets, openFilesLimit(() => readFileSync('/proc/self/limits', 'utf8')))
+  const relay = await serve(config, log, secrets, {
+    version: version(), openFiles: openFilesLimit(() => readFileSync('/proc/self/limits', 'utf8'))
+  })
   isWaitingForDisk = relay.isWaitingForDisk
   for (const signal of END_SIGNALS) process.off(signal, exitDuringStart)
   if (process.env.npm_lifecycle_event !== 'start') return
   const { whenOrphaned } = await import('./commands/npm-parent.ts')
   whenOrphaned(() => process.ppid, pid => readFileSync(`/proc/${pid}/stat`, 'utf8'), relay.end)
 }
+
+/** Returns the version in package.json, which stands beside `dist`. */
+const version = (): string => JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')).version
 
 /** The commands that need no configuration. An orchestrator runs the health check every few seconds. */
 const bareCommands = new Map(Object.entries({
@@ -95,7 +100,7 @@ const bareCommands = new Map(Object.entries({
     console.log(USAGE)
   },
   async '--version' () {
-    console.log(JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8')).version)
+    console.log(version())
   }
 }))
 

@@ -119,7 +119,10 @@ t.test('each mistake is one sentence that shows no value', async t => {
     ...['memory', 'file:', 'File:/x', 'redis://x'].map(outbox => [{ OUTBOX: outbox }, /^OUTBOX must be off, redis or file:<directory>\.$/] as [Record<string, string>, RegExp]),
     [{ OUTBOX: 'redis' }, /^OUTBOX=redis needs REDIS_URL\.$/],
     ...['localhost:6379', 'http://x', 'redis://', 'redis://x:99999', 'redis://x y', 'redis://:%ff@x', 'redis://:%@x'].map(url => [{ REDIS_URL: url }, /^REDIS_URL must be a redis:\/\/ or rediss:\/\/ URL\.$/] as [Record<string, string>, RegExp]),
-    [{ METRICS_PORT: 'x' }, /^METRICS_PORT is not supported by this version/]
+    [{ METRICS_PORT: 'x' }, /^METRICS_PORT must be an integer from 0 to 65535\.$/],
+    [{ METRICS_PORT: '8080' }, /^METRICS_PORT and PORT must differ\.$/],
+    [{ METRICS_HOST: '127.0.0.1' }, /^METRICS_HOST needs METRICS_PORT\.$/],
+    [{ METRICS_PORT: '9464', METRICS_HOST: '127.0.0.1:80/' }, /^METRICS_HOST must be an address or a host name\.$/]
   ]
   for (const [env, sentence] of rows) {
     const found = mistakes({ ...good, ...env }, { '/run/token': 'CANARY-SECRET', '/run/empty': '\n', '/run/quoted': '"CANARY-SECRET"\n' })

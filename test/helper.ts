@@ -10,6 +10,7 @@ import type { Test } from 'tap'
 import { buildApp } from '#src/http/app.js'
 import { createUserTokens } from '#src/http/callers/user-tokens.js'
 import { hasUserTokens, readConfig } from '#src/config.js'
+import type { Metrics } from '#src/metrics.js'
 import { createMixpanel } from '#src/mixpanel/client.js'
 import { openapi } from '#src/http/openapi.js'
 import { createLog } from '#src/log.js'
@@ -44,10 +45,10 @@ export async function startSandbox (t: Test, options: SandboxOptions = {}) {
   return { ...sandbox, url }
 }
 
-interface RelayOptions { env?: Env, sandbox?: SandboxOptions, redis?: Redis }
+interface RelayOptions { env?: Env, sandbox?: SandboxOptions, redis?: Redis, metrics?: Metrics }
 
 /** The relay in this process in front of a sandbox. Its log lines and answers are searched for the token. */
-export async function startRelay (t: Test, { env = {}, sandbox: sandboxOptions = {}, redis }: RelayOptions = {}) {
+export async function startRelay (t: Test, { env = {}, sandbox: sandboxOptions = {}, redis, metrics }: RelayOptions = {}) {
   const sandbox = await startSandbox(t, sandboxOptions)
   const config = readConfig({
     MIXPANEL_TOKEN: TOKEN, MIXPANEL_URL: sandbox.url, PORT: '0', RATE_LIMIT_MAX: '1000000', LOG_LEVEL: 'debug', ...env
@@ -59,12 +60,12 @@ export async function startRelay (t: Test, { env = {}, sandbox: sandboxOptions =
       if (leaks(line).length > 0) t.fail(`the token is in the log: ${line}`)
     }
   })
-  const outbox = await openOutbox(config, redis, logger)
+  const outbox = await openOutbox(config, redis, logger, metrics)
   const client = createMixpanel(config, logger)
-  const relay = createRelay(config, client, logger, outbox)
+  const relay = createRelay(config, client, logger, outbox, metrics)
   relay.start()
   const tokens = hasUserTokens(config) ? await createUserTokens(config, logger) : undefined
-  const app = await buildApp(config, { relay, redis, tokens, logger, logRequest, document: async () => (await openapi(config)).document })
+  const app = await buildApp(config, { relay, redis, tokens, metrics, logger, logRequest, document: async () => (await openapi(config)).document })
   t.teardown(async () => {
     await app.close()
     tokens?.close()

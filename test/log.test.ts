@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import { Writable } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
-import { createDestination, fileSink, streamSink, throttledError, type Sink } from '#src/log.js'
+import { createDestination, fileSink, streamSink, throttled, type Sink } from '#src/log.js'
 import { identity, listen, startRelay, temporary } from './helper.ts'
 
 /** A sink that a test stalls and breaks. */
@@ -175,11 +175,14 @@ t.test('streamSink survives a stream whose reader has gone', async t => {
   t.equal(sink.waiting(), 0)
 })
 
-t.test('throttledError logs at most once in its interval', async t => {
-  const logged: string[] = []
-  const logError = throttledError((what, message) => { logged.push(message) }, 50)
-  for (const message of ['a', 'b']) logError({}, message)
-  await sleep(60)
-  logError({}, 'c')
-  t.same(logged, ['a', 'c'])
+t.test('throttled logs at once, then at most once in its interval, with the number of calls', async t => {
+  const logged: object[] = []
+  const warn = throttled({ warn (fields, message) { logged.push({ ...fields, message }) } }, 'warn', 'a fault', 50)
+  for (const cause of ['a', 'b', 'c']) warn({ cause })
+  t.same(logged, [{ cause: 'a', count: 1, message: 'a fault' }])
+  await sleep(80)
+  t.same(logged.slice(1), [{ cause: 'c', count: 2, message: 'a fault' }], 'without a further call')
+  await sleep(80)
+  warn({ cause: 'd' })
+  t.same(logged.slice(2), [{ cause: 'd', count: 1, message: 'a fault' }])
 })

@@ -11,7 +11,7 @@ const UNKNOWN: Verdict = { code: 'mixpanel_timed_out', taken: 'unknown' }
 const event = (user: string, anon = randomUUID() as string): PendingEvent => identifyEvent({ identified_id: user, anon_id: anon }, Date.now())
 const guardOf = (settings: object, log = silent, maxPairs?: number) => createMergeGuard({
   MERGE_GUARD_WINDOW_MS: 1000, MERGE_GUARD: 'refuse', ...settings
-} as Parameters<typeof createMergeGuard>[0], log, maxPairs) as NonNullable<MergeGuard>
+} as Parameters<typeof createMergeGuard>[0], log, { maxPairs }) as NonNullable<MergeGuard>
 const code = async (guard: NonNullable<MergeGuard>, one: PendingEvent, verdict = ACCEPTED) => (await guard.run(one, async () => verdict)).code
 
 t.test('without bounds there is no guard', async t => {

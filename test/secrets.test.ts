@@ -24,7 +24,7 @@ function watch (t: Test, texts: Env, env: Env = {}) {
   const lines: { message: string, variable?: string, cause?: string }[] = []
   const write = (fields: object, message: string) => { lines.push({ ...fields, message }) }
   const changes: Config[] = []
-  const close = watchSecrets({
+  const { close, state } = watchSecrets({
     files,
     texts: new Map(files.map(([name, path]) => [path, String(texts[name])])),
     reread: readFile => readConfig(all, readFile),
@@ -32,7 +32,7 @@ function watch (t: Test, texts: Env, env: Env = {}) {
     onChange: config => { changes.push(config) }
   })
   t.teardown(close)
-  return { paths: paths as Record<string, string>, lines, changes, close }
+  return { paths: paths as Record<string, string>, lines, changes, close, state }
 }
 
 /** Resolves when `count` is reached. */

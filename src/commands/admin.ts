@@ -1,6 +1,7 @@
 import { setImmediate } from 'node:timers/promises'
 import type { Config } from '../config.ts'
-import { parseEvent, type PendingEvent } from '../identity/event.ts'
+import { idsOf, type PendingEvent } from '../identity/event.ts'
+import { NO_METRICS, type Metrics } from '../metrics.ts'
 import type { DeadLetter, Entry, Listed, Outbox } from '../outbox/outbox.ts'
 import { isTooOld } from '../relay/plan.ts'
 
@@ -18,15 +19,19 @@ export class UsageError extends Error {
  * `/import` when too old for `/track`, or delete them. `['drop', '--user', id]` deletes all that is stored of a user.
  * `['pause']` stops delivery until `['resume']`. Throws a UsageError before it has changed anything.
  */
-export async function * runAdminCommand (outbox: Outbox, config: Config, args: string[]): AsyncGenerator<string> {
+export async function * runAdminCommand (
+  outbox: Outbox, config: Config, args: string[], metrics: Metrics = NO_METRICS
+): AsyncGenerator<string> {
   const [action = '', ...operands] = args
   if (!ACTIONS.includes(action)) throw new UsageError(`outbox takes one of ${ACTIONS.join(', ')}.`)
   if (action === 'drop' && operands[0] === '--user') {
     const [, user, ...others] = operands
     if (!user || others.length > 0) throw new UsageError('outbox drop --user takes one id of a user.')
-    return yield await eraseUser(outbox, user)
+    return yield await eraseUser(outbox, user, metrics)
   }
-  if (action === 'replay' || action === 'drop') return yield * changeDeadLetters(outbox, config, action, operands)
+  if (action === 'replay' || action === 'drop') {
+    return yield * changeDeadLetters(outbox, config, action, operands, metrics)
+  }
   if (operands.length > 0) throw new UsageError(`outbox ${action} takes no ids.`)
   if (action === 'list') return yield * lines(outbox.waiting)
   if (action === 'dead') return yield * lines(outbox.dead)
@@ -37,7 +42,7 @@ export async function * runAdminCommand (outbox: Outbox, config: Config, args: s
 const ACTIONS = ['list', 'dead', 'replay', 'drop', 'pause', 'resume']
 
 async function * changeDeadLetters (
-  outbox: Outbox, config: Config, action: 'replay' | 'drop', operands: string[]
+  outbox: Outbox, config: Config, action: 'replay' | 'drop', operands: string[], metrics: Metrics
 ): AsyncGenerator<string> {
   const ids = operands.map(operand => operand === '--all' ? 'all' : operand)
   if (ids.length === 0) throw new UsageError(`outbox ${action} takes ids, or all.`)
@@ -56,6 +61,7 @@ async function * changeDeadLetters (
     // Lets the relay serve requests between two pages.
     await setImmediate()
   }
+  metrics.outbox(action === 'drop' ? 'dropped' : 'replayed', 'operator', changed)
   yield action === 'drop'
     ? `${changed} dropped.\n`
     : `${changed} queued again${byImport > 0 ? `, ${byImport} of them for /import: too old for /track` : ''}.\n`
@@ -64,8 +70,8 @@ async function * changeDeadLetters (
 }
 
 /** Deletes the queued events and dead letters of a user. What is under way to Mixpanel at this moment arrives. */
-async function eraseUser (outbox: Outbox, user: string): Promise<string> {
-  const isOfUser = ({ event }: Listed) => event !== undefined && parseEvent(event).properties.$identified_id === user
+async function eraseUser (outbox: Outbox, user: string, metrics: Metrics): Promise<string> {
+  const isOfUser = ({ event }: Listed) => event?.userId === user
   let queued = 0
   let dead = 0
   for await (const page of pages(outbox.waiting)) {
@@ -78,6 +84,8 @@ async function eraseUser (outbox: Outbox, user: string): Promise<string> {
     if (letters.length > 0) dead += await outbox.drop(letters)
     await setImmediate()
   }
+  metrics.outbox('erased', 'operator', queued)
+  metrics.outbox('dropped', 'operator', dead)
   return `${queued} queued and ${dead} dead letters dropped.\n`
 }
 
@@ -97,7 +105,7 @@ async function * lines (read: (count: number, after?: string) => Promise<(Listed
 }
 
 function describe (event: PendingEvent) {
-  const { $identified_id: identified, $anon_id: anon } = parseEvent(event).properties
+  const { userId: identified, anonId: anon } = idsOf(event)
   const validated = new Date(event.time * 1000)
   return { validated, insert_id: event.insertId, identified_id: identified, anon_id: anon }
 }

@@ -4,6 +4,8 @@ import { hasCredentials, hasUserTokens, plainUpstreams, type Config } from '../c
 import { isLoopback } from '../environment.ts'
 import type { createLog, Log } from '../log.ts'
 import { buildApp } from '../http/app.ts'
+import type { StatusSources } from '../http/status.ts'
+import { openMetrics } from '../metrics.ts'
 import { baseUrl, createMixpanel } from '../mixpanel/client.ts'
 import { directoryOf, openConnection, openOutbox } from '../outbox/open.ts'
 import { useRedisCredentials } from '../redis.ts'
@@ -11,6 +13,8 @@ import { createRelay } from '../relay/relay.ts'
 import { watchSecrets, type SecretFiles } from '../secrets.ts'
 import { runAdminCommand } from './admin.ts'
 import { serveAdminSocket } from './admin-socket.ts'
+
+type OpenMetrics = Awaited<ReturnType<typeof openMetrics>>
 
 /** With Node's default of 511, part of a burst of 1000 connections waits a second for TCP to retry. */
 const BACKLOG = 4096
@@ -39,16 +43,21 @@ let document: Promise<{ document: object, yaml: string }> | undefined
 export const openapiDocument = (config: Config) =>
   (document ??= import('../http/openapi.ts').then(({ openapi }) => openapi(config)))
 
+/** The version of the relay, and the number of files that its process may open. */
+interface Process { version: string, openFiles?: number }
+
 /**
  * Starts the relay and resolves when it listens. From then on a signal starts a shutdown, which takes at most
  * SHUTDOWN_DELAY_MS + SHUTDOWN_TIMEOUT_MS + 3 s; a second signal ends the process at once. Rejects with a sentence when
- * the relay cannot start. `openFiles` is the number of files that the process may open. `secrets` are the files of
+ * the relay cannot start. `secrets` are the files of
  * secrets, which take effect when they change. `end` acts as a first signal.
  * `isWaitingForDisk` returns true while the outbox closes: if its disk hangs, so would an exit.
  */
 export async function serve (
-  requested: Config, { logger, logRequest }: ReturnType<typeof createLog>, secrets: SecretFiles, openFiles = Infinity
+  requested: Config, log: ReturnType<typeof createLog>, secrets: SecretFiles,
+  { version, openFiles = Infinity }: Process
 ): Promise<{ end: () => void, isWaitingForDisk: () => boolean }> {
+  const { logger, logRequest } = log
   const connections = Math.max(1, Math.min(requested.MAX_CONNECTIONS, openFiles - OTHER_FILES))
   const config = { ...requested, MAX_CONNECTIONS: connections }
   if (connections < requested.MAX_CONNECTIONS) {
@@ -56,35 +65,56 @@ export async function serve (
     logger.warn({ hint, connections, open_files: openFiles }, 'fewer connections than MAX_CONNECTIONS')
   }
   const redis = await openConnection(config, logger)
-  const outbox = await openOutbox(config, redis, logger)
+  const metrics = config.METRICS_PORT === undefined ? undefined : await openMetrics(version)
+  const outbox = await openOutbox(config, redis, logger, metrics)
   const directory = directoryOf(config)
   const closeAdminSocket = directory === undefined || outbox === undefined
     ? undefined
-    : await serveAdminSocket(directory, args => runAdminCommand(outbox, config, args)).catch(({ message: cause }) =>
-      logger.warn({ cause, hint: 'stop the relay to run outbox commands' }, 'no socket in the outbox directory'))
+    : await serveAdminSocket(directory, args => runAdminCommand(outbox, config, args, metrics))
+      .catch(({ message: cause }) =>
+        logger.warn({ cause, hint: 'stop the relay to run outbox commands' }, 'no socket in the outbox directory'))
   const client = createMixpanel(config, logger)
-  const relay = createRelay(config, client, logger, outbox)
+  const relay = createRelay(config, client, logger, outbox, metrics)
   relay.start()
   const tokens = await openUserTokens(config, logger)
   const app = await buildApp(config, {
-    relay, redis, tokens, logger, logRequest, document: async () => (await openapiDocument(config)).document
+    relay,
+    redis,
+    tokens,
+    metrics,
+    logger,
+    logRequest,
+    document: async () => (await openapiDocument(config)).document
   })
   const mixpanel = baseUrl(config)
   for (const [fields, message] of weaknesses(config)) logger.warn(fields, message)
   const url = await app.listen({ host: config.HOST, port: config.PORT, backlog: BACKLOG })
 
-  const closeWatch = watchSecrets({
+  const watch = watchSecrets({
     ...secrets,
     log: logger,
+    metrics,
     onChange (changed) {
       client.useSecrets(changed)
-      app.useApiKeys(changed)
-      tokens?.useSecret(changed)
+      app.useSecrets(changed)
       if (redis !== undefined && !useRedisCredentials(redis, String(config.REDIS_URL), String(changed.REDIS_URL))) {
         logger.error({ hint: 'only its user and password can change without a restart' }, 'REDIS_URL needs a restart')
       }
     }
   })
+
+  const closeMetrics = metrics && await listenForMetrics(config, metrics, {
+    config,
+    version,
+    relay,
+    outbox,
+    redis,
+    jwks: tokens?.state,
+    secrets: watch.state,
+    droppedLogLines: log.dropped,
+    load: app.load,
+    isShuttingDown: app.isShuttingDown
+  }, logger)
 
   let isClosingOutbox = false
   const delay = config.SHUTDOWN_DELAY_MS + config.SHUTDOWN_TIMEOUT_MS + CLOSING_MS
@@ -94,7 +124,7 @@ export async function serve (
     app.beginShutdown()
     await sleep(config.SHUTDOWN_DELAY_MS)
     setTimeout(relay.stopWaiting, config.SHUTDOWN_TIMEOUT_MS * 0.8).unref()
-    closeWatch()
+    watch.close()
     closeAdminSocket?.()
     await app.close()
     isClosingOutbox = true
@@ -102,6 +132,7 @@ export async function serve (
     isClosingOutbox = false
     tokens?.close()
     redis?.disconnect()
+    await closeMetrics?.()
   })
   const mode = {
     id_merge: config.MIXPANEL_ID_MERGE,
@@ -110,6 +141,18 @@ export async function serve (
   logger.info(mode, 'mode of the project')
   logger.info({ mixpanel, endpoint: config.MIXPANEL_ENDPOINT }, `Server listening at ${url}`)
   return { end: close, isWaitingForDisk: () => isClosingOutbox }
+}
+
+/** Serves METRICS_PORT. Resolves with a function that ends that; rejects when it cannot listen. */
+async function listenForMetrics (
+  { METRICS_HOST, METRICS_PORT: port, HOST }: Config, metrics: OpenMetrics, sources: StatusSources, log: Log
+): Promise<() => Promise<void>> {
+  const [{ buildMetricsApp }, { createStatus }] =
+    await Promise.all([import('../http/metrics-app.ts'), import('../http/status.ts')])
+  const app = buildMetricsApp({ metrics, status: createStatus(sources) })
+  const url = await app.listen({ host: METRICS_HOST ?? HOST, port: port as number })
+  log.info({ url }, 'metrics listening')
+  return app.close
 }
 
 /** Resolves with the verifier of users' tokens, if the configuration has any. jose would lengthen every start. */

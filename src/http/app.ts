@@ -3,11 +3,13 @@ import type { Logger } from 'pino'
 import { createSlices } from '../concurrency/slices.ts'
 import type { Config } from '../config.ts'
 import { isLoopback } from '../environment.ts'
-import { throttledError, type AccessLine } from '../log.ts'
+import { throttled, type AccessLine } from '../log.ts'
+import { NO_METRICS, type Metrics } from '../metrics.ts'
 import { createIdentityRules } from '../identity/identity.ts'
-import type { Redis } from '../redis.ts'
+import { redisOutage, type Redis, type RedisOutage } from '../redis.ts'
 import type { Relay } from '../relay/relay.ts'
 import { createBodies } from './body.ts'
+import { createCallerText } from './caller-text.ts'
 import type { UserTokens } from './callers/user-tokens.ts'
 import { createConnections } from './connections.ts'
 import { authorization, callers } from './plugins/callers.ts'
@@ -26,14 +28,21 @@ import { identify } from './routes/identify.ts'
 /** Time in one turn of the event loop for all large bodies together. */
 const SLICE_MS = 5
 
-/** The shortest time between two log lines about connections that cannot be accepted. */
-const LOG_INTERVAL_MS = 60_000
+declare module 'fastify' {
+  interface FastifyInstance {
+    /** Takes the secrets of a changed configuration, from the next request on. */
+    useSecrets: (config: Config) => void
+    /** Returns the open connections, and the bytes of all bodies in flight. */
+    load: () => { connections: number, bytes_in_flight: number }
+  }
+}
 
 export interface Dependencies {
   relay: Relay
   redis?: Redis | undefined
   /** Required if the configuration has user tokens. */
   tokens?: UserTokens | undefined
+  metrics?: Metrics | undefined
   logger: Logger
   logRequest: (line: AccessLine) => void
   document: () => Promise<object>
@@ -55,12 +64,13 @@ export interface Dependencies {
  * Returns the app, not yet listening. `app.close()` lets requests in flight finish and then stops the relay.
  */
 export async function buildApp (config: Config, dependencies: Dependencies) {
-  const { relay, redis, tokens, logger, logRequest, document, prepare } = dependencies
-  const logError = throttledError((fields, message) => logger.error(fields, message), LOG_INTERVAL_MS)
+  const { relay, redis, tokens, metrics = NO_METRICS, logger, logRequest, document, prepare } = dependencies
+  const callerText = createCallerText(config)
+  const logAcceptError = throttled(logger, 'error', 'accepting connections failed')
   const connections = createConnections({
     config,
     charge: (address, count) => app.charge(address, count),
-    onError: ({ message }) => logError({ cause: message }, 'accepting connections failed')
+    onError: ({ message }) => logAcceptError({ cause: message })
   })
   const app: FastifyInstance = Fastify({
     serverFactory: connections.serverFactory,
@@ -70,8 +80,8 @@ export async function buildApp (config: Config, dependencies: Dependencies) {
     trustProxy: config.TRUST_PROXY.length > 0 ? config.TRUST_PROXY : false,
     // plugins/shutdown responds instead, with a problem.
     return503OnClosing: false,
-    clientErrorHandler: handleClientError(logger, connections),
-    frameworkErrors: handleFrameworkError(logger),
+    clientErrorHandler: handleClientError(logger, connections, metrics),
+    frameworkErrors: handleFrameworkError(logger, metrics),
     ajv: {
       // Nothing is coerced or dropped. With `verbose` an error carries the description of its rule.
       customOptions: { coerceTypes: false, removeAdditional: false, useDefaults: false, allErrors: true, verbose: true }
@@ -81,13 +91,13 @@ export async function buildApp (config: Config, dependencies: Dependencies) {
   const methods = collectMethods(app)
 
   // Fastify's own logging is off: its two lines for each request cost as much as the rest of the request.
-  await app.register(requestLog, { logRequest })
+  await app.register(requestLog, { logRequest, metrics })
   await app.register(securityHeaders)
   await app.register(problems, { logger })
   await app.register(corsHeaders, { config })
   await app.register(callers, { config, tokens })
   await app.register(rateLimits, { config, redis, log: logger })
-  await app.register(origins, { config })
+  await app.register(origins, { config, callerText })
   await app.register(authorization, { config })
   await app.register(shutdown, { relay })
   await app.register(framing)
@@ -97,6 +107,7 @@ export async function buildApp (config: Config, dependencies: Dependencies) {
     const path = url.split('?')[0] as string
     const allowed = methods.get(path.replace(/(?<=.)\/$/, ''))
     if (allowed !== undefined) return reply.header('allow', allowed.join(', ')).problem('method_not_allowed')
+    reply.logLine.details = { ...reply.logLine.details, path: callerText.forLog(path) }
     return reply.problem('not_found')
   })
   // Nearly every response is a constant or a problem, so compiled serializers would only lengthen the start.
@@ -105,8 +116,15 @@ export async function buildApp (config: Config, dependencies: Dependencies) {
   app.removeAllContentTypeParsers()
 
   const bodies = createBodies({ config, recordCost: connections.recordCost })
+  const load = () => ({ connections: connections.count(), bytes_in_flight: bodies.bytesInFlight() })
   const parts = () => ({
-    connections: connections.count(), bytes_in_flight: bodies.bytesInFlight(), jwks: tokens?.state(), ...relay.state()
+    ...load(), jwks: tokens?.state(), redis: redis && stateOf(redisOutage(redis)), ...relay.state()
+  })
+  app.decorate('load', load)
+  app.decorate('useSecrets', changed => {
+    app.useApiKeys(changed)
+    tokens?.useSecret(changed)
+    callerText.use(changed)
   })
   await app.register(health, { parts })
   if (config.DOCS ?? isLoopback(config.HOST)) await app.register(docs, { document })
@@ -115,6 +133,13 @@ export async function buildApp (config: Config, dependencies: Dependencies) {
   await app.register(identify, { relay, config, rules, bodies, nextSlice })
   await app.register(batch, { relay, config, rules, bodies, nextSlice })
   return app
+}
+
+/** Returns the state of Redis, for people. */
+function stateOf (outage: RedisOutage | undefined) {
+  return outage === undefined
+    ? { state: 'connected' }
+    : { state: 'away', since: outage.since.toISOString(), cause: outage.cause }
 }
 
 /** Returns the methods by path, filled as routes register. `hasRoute` would parse a caller's path as a pattern. */

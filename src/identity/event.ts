@@ -100,6 +100,18 @@ export function storedEvent (json: string): PendingEvent | undefined {
   }
 }
 
+/** Returns a text of Mixpanel about an event with the ids of the event masked, for the log. */
+export function withoutIds (text: string, event: PendingEvent): string {
+  const { userId, anonId } = idsOf(event)
+  return [userId, anonId, event.anonKey].reduce((masked, id) => masked.replaceAll(id, '***'), text)
+}
+
+/** Returns the two ids of an event as it carries them, whatever the mode. */
+export function idsOf (event: PendingEvent): { userId: string, anonId: string } {
+  const { $device_id: device, $anon_id: anon = device } = parseEvent(event).properties
+  return { userId: event.userId, anonId: String(anon) }
+}
+
 /** Returns the event as an object. */
 export function parseEvent ({ json }: Pick<PendingEvent, 'json'>): MergingEvent {
   return JSON.parse(json)

@@ -5,6 +5,7 @@ import type { Failure, Taken, Verdict } from '../identity/verdict.ts'
  * - `taken` of `refused_by_mixpanel` holds for a lone event; an array may have been taken in part.
  * - `isTransient`: Mixpanel, or the path to it, failed. The request is retried, and the breaker counts it.
  * - `isForAll`: a refusal that holds for each event, because the project has another mode.
+ * - `holdMs`: how long Mixpanel asks not to be sent anything.
  * - `records`: the reasons of refused events by index, if Mixpanel listed them. `imported`: how many events it took.
  */
 export interface Answer {
@@ -14,6 +15,7 @@ export interface Answer {
   cause?: string
   reason?: string
   retryAfter?: number
+  holdMs?: number
   isForAll?: boolean
   records?: Map<number, string>
   imported?: unknown
@@ -27,7 +29,10 @@ export function interpretStatus (status: number, retryAfter?: string | string[])
   const cause = `status ${status}`
   if (status === 200 || status === 400 || status < 200) return undefined
   if (status === 429) {
-    return { code: 'mixpanel_rate_limited', taken: 'no', retryAfter: retryAfterSeconds(String(retryAfter)), cause }
+    const advised = retryAfterSeconds(String(retryAfter))
+    const seconds = advised ?? RETRY_AFTER_SECONDS.fallback
+    const holdMs = advised === undefined ? {} : { holdMs: advised * 1000 }
+    return { code: 'mixpanel_rate_limited', taken: 'no', retryAfter: seconds, ...holdMs, cause }
   }
   if (status === 401 || status === 403) return { code: 'mixpanel_rejected_credentials', taken: 'no', cause }
   // A gateway may answer after Mixpanel took the request.
@@ -147,8 +152,9 @@ function reasonsByIndex (records: unknown[], mask: Mask): Map<number, string> | 
   return records.length > 0 ? reasons : undefined
 }
 
-function retryAfterSeconds (header: string): number {
-  const { min, fallback, max } = RETRY_AFTER_SECONDS
+/** Returns the whole seconds of a `Retry-After` header, within bounds; undefined if it has none. */
+function retryAfterSeconds (header: string): number | undefined {
+  const { min, max } = RETRY_AFTER_SECONDS
   const seconds = /^\d+$/.test(header) ? Number(header) : Math.ceil((Date.parse(header) - Date.now()) / 1000)
-  return Number.isNaN(seconds) ? fallback : Math.min(Math.max(seconds, min), max)
+  return Number.isNaN(seconds) ? undefined : Math.min(Math.max(seconds, min), max)
 }

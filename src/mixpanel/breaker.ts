@@ -7,9 +7,10 @@ export const LAST_PROBE_MS = 30_000
 
 /**
  * A circuit breaker. Five consecutive failures open it; a success closes it. While open it admits one probe at a time.
- * The first probe comes after a second, and each pause is twice as long as the one before, up to 30 s.
+ * The first probe comes after a second, and each pause is twice as long as the one before, up to 30 s. `onChange` is
+ * called when it opens and when it closes.
  */
-export function createBreaker () {
+export function createBreaker (onChange: (to: 'open' | 'closed') => void = () => {}) {
   let failures = 0
   let pauseMs = FIRST_PROBE_MS
   let probeAt = 0
@@ -28,9 +29,11 @@ export function createBreaker () {
 
     record (isSuccess: boolean): void {
       if (isSuccess) {
+        const wasOpen = failures >= MAX_FAILURES
         failures = 0
         pauseMs = FIRST_PROBE_MS
         isProbing = false
+        if (wasOpen) onChange('closed')
         return
       }
       // Between probes, late failures of older requests do not count.
@@ -38,6 +41,7 @@ export function createBreaker () {
       failures++
       isProbing = false
       if (failures < MAX_FAILURES) return
+      if (failures === MAX_FAILURES) onChange('open')
       probeAt = performance.now() + pauseMs
       pauseMs = Math.min(pauseMs * 2, LAST_PROBE_MS)
     },

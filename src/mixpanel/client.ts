@@ -1,6 +1,6 @@
 import type undici from 'undici'
 import type { Config } from '../config.ts'
-import { throttledError, type Log } from '../log.ts'
+import { throttled, type Log } from '../log.ts'
 import { parseEvent, type PendingEvent } from '../identity/event.ts'
 import { interpretBody, interpretError, interpretStatus, type Answer } from './answer.ts'
 import { createCredentials } from './credentials.ts'
@@ -28,12 +28,16 @@ const WARNING_INTERVAL_MS = 3_600_000
 
 /** A client of Mixpanel that sends each request once. The caller must `close` it. */
 export function createMixpanel (config: Config, log?: Pick<Log, 'warn'>) {
-  const warn = throttledError((fields, message) => log?.warn(fields, message), WARNING_INTERVAL_MS)
+  const warnOfClock = throttled(log, 'warn', 'clock differs from Mixpanel', WARNING_INTERVAL_MS)
+
+  let clockSkew: number | undefined
 
   /** Warns if Mixpanel's `date` differs from this clock: Mixpanel drops events that are too old. */
   function checkClock (date: unknown): void {
     const seconds = Math.round((Date.now() - Date.parse(String(date))) / 1000)
-    if (Math.abs(seconds) > MAX_SKEW_SECONDS) warn({ seconds }, 'clock differs from Mixpanel')
+    if (Number.isNaN(seconds)) return
+    clockSkew = seconds
+    if (Math.abs(seconds) > MAX_SKEW_SECONDS) warnOfClock({ seconds })
   }
 
   const credentials = createCredentials(config)
@@ -120,6 +124,9 @@ export function createMixpanel (config: Config, log?: Pick<Log, 'warn'>) {
         }
       })
     }),
+
+    /** Returns how many seconds this clock is ahead of Mixpanel's; undefined until its first answer. */
+    clockSkew: () => clockSkew,
 
     /** Takes the token and the service account of a changed configuration for all later requests. */
     useSecrets: credentials.use,

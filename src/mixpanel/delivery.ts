@@ -2,13 +2,15 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { createSemaphore } from '../concurrency/semaphore.ts'
 import type { Config } from '../config.ts'
 import type { PendingEvent } from '../identity/event.ts'
-import type { Log } from '../log.ts'
+import { throttled, type Log } from '../log.ts'
+import { NO_METRICS, type Metrics } from '../metrics.ts'
 import { createBreaker } from './breaker.ts'
 import { MAX_SENDS, type Mixpanel } from './client.ts'
 import { MAX_REQUEST_BYTES } from './encode.ts'
 import { NEVER_SENT, type Verdict } from '../identity/verdict.ts'
 import type { Answer } from './answer.ts'
 import { createBisect, type SendResult } from './bisect.ts'
+import { createUpstreamHealth } from './upstream-health.ts'
 
 /** An event to send. `deadline` is by performance.now(), safe from clock changes; in a batch the earliest counts. */
 export interface OutgoingEvent {
@@ -34,12 +36,19 @@ const STALL_MS = 500
 export type Delivery = ReturnType<typeof createDelivery>
 
 /** Sends batches to Mixpanel, retries a failed request once, and finds the failing events of a refused batch. */
-export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
-  const breaker = createBreaker()
+export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log, metrics: Metrics = NO_METRICS) {
+  const health = createUpstreamHealth(log)
+  const warnOfBreaker = {
+    open: throttled(log, 'warn', 'breaker opened'), closed: throttled(log, 'warn', 'breaker closed')
+  }
+  let openSince: Date | undefined
+  const breaker = createBreaker(to => {
+    metrics.breaker(to)
+    warnOfBreaker[to]({ code: health.lastCode(), since: openSince?.toISOString() })
+    openSince = to === 'open' ? new Date() : undefined
+  })
   const sends = createSemaphore(MAX_SENDS)
   let retries = 0
-  let isOtherMode = false
-  let lastAnswer: { code: Answer['code'], at: number } | undefined
 
   /** Sends when a slot is free. The parts of a split batch share the slots, and their timeouts start with the send. */
   const sendInSlot = (items: OutgoingEvent[], isVerbose: boolean): Promise<SendResult> =>
@@ -54,21 +63,25 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
       endpoint: endpointOf(items), strict: isStrict, verbose: isVerbose
     })
     let request = encode()
+    const retryAfter = health.heldSeconds()
+    if (retryAfter > 0) {
+      return { answer: { code: 'mixpanel_rate_limited', taken: 'no', retryAfter, cause: 'an earlier status 429' } }
+    }
     if (!breaker.admits()) {
       return { answer: { code: 'mixpanel_unavailable', taken: 'no', retryAfter: breaker.retryAfter() } }
     }
     const time = () => Math.min(config.MIXPANEL_TIMEOUT_MS, deadline - performance.now())
     const due = performance.now() + time()
     const attempt = async (): Promise<Answer> => {
+      const since = performance.now()
       for (const item of items) item.attempts = (item.attempts ?? 0) + 1
       // A bug here is no failure of Mixpanel, but a probe needs an outcome.
       const answer = await mixpanel.send(request, time()).catch((error: Error) => {
         breaker.record(true)
         throw error
       })
-      if (answer.isForAll) reportMode()
-      if (answer.code === 'refused_by_mixpanel') log.debug({ reason: answer.reason }, 'request refused by Mixpanel')
-      lastAnswer = { code: answer.code, at: Date.now() }
+      health.record(answer)
+      metrics.mixpanelRequest(answer.code, performance.now() - since, items.length)
       return answer
     }
     // When the deadline leaves less than half the usual time, a timeout does not count as a failure of Mixpanel.
@@ -81,6 +94,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     if (!first.isTransient || !mayRetry() || performance.now() + pause >= deadline) return { answer: first }
     log.warn({ code: first.code, cause: first.cause, identities: items.length }, 'retrying')
     retries++
+    metrics.retry()
     await sleep(pause)
     // The token may have changed.
     request = encode()
@@ -89,13 +103,9 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     return { answer: second, ...first.taken === 'unknown' && { lost: first } }
   }
 
-  function reportMode (): void {
-    if (!isOtherMode) log.error({ hint: 'set MIXPANEL_ID_MERGE=simplified' }, 'project has Simplified ID Merge')
-    isOtherMode = true
-  }
-
   const endpointOf = ([first]: OutgoingEvent[]) => first?.endpoint ?? config.MIXPANEL_ENDPOINT
-  const mayRetry = () => !breaker.isOpen() && retries < Math.max(RETRY_MINIMUM, sends.running() * RETRY_SHARE)
+  const mayRetry = () => !breaker.isOpen() && health.heldSeconds() === 0 &&
+    retries < Math.max(RETRY_MINIMUM, sends.running() * RETRY_SHARE)
 
   const bisect = createBisect<OutgoingEvent>({ send: sendInSlot, isTerse: items => endpointOf(items) === 'track' })
 
@@ -125,9 +135,15 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log) {
     /** Returns, for operators, whether requests are sent to Mixpanel, and its last verdict. */
     state: () => ({
       id_merge: config.MIXPANEL_ID_MERGE,
-      ...isOtherMode && { id_merge_of_project: 'simplified' },
       mixpanel: breaker.isOpen() ? 'unavailable' : 'asked',
-      last_verdict: lastAnswer === undefined ? null : { ...lastAnswer, at: new Date(lastAnswer.at).toISOString() }
-    })
+      ...openSince && { mixpanel_unavailable_since: openSince.toISOString() },
+      ...health.state()
+    }),
+
+    /** Returns when Mixpanel began to fail every request; undefined while it does not. */
+    failingSince: health.failingSince,
+
+    /** Returns how many seconds this clock is ahead of Mixpanel's; undefined until its first answer. */
+    clockSkew: mixpanel.clockSkew
   }
 }

@@ -149,6 +149,7 @@ export function openDatabase (directory: string, project: Project, { maxEntries 
         return remove(letters)
       })
     },
+    disk: files.disk,
     waiting: (count: number, after = '0') => sql.waiting.all(Number(after), count) as WaitingRow[],
     dead: (count: number, after = '0') => sql.dead.all(Number(after), count) as DeadRow[],
     replay: (letters: { id: string, endpoint?: 'import' }[]): number => transact(() => {

@@ -4,7 +4,7 @@ import {
 import { dirname, join } from 'node:path'
 import { geteuid } from 'node:process'
 import Database from 'libsql'
-import { DirectoryInUse } from './outbox.ts'
+import { DirectoryInUse, type Disk } from './outbox.ts'
 import { migrate, RECOUNT } from './statements.ts'
 
 /** Free disk space for emptying the outbox, which writes as well. On a small disk it is a tenth of the disk. */
@@ -65,6 +65,12 @@ export function openDirectory (directory: string) {
           throw new Error(`${path} was changed by another program: restart the relay`)
         }
       }
+    },
+
+    /** Returns the space on the disk. */
+    disk (): Disk {
+      const { bavail, blocks, bsize } = statfsSync(directory)
+      return { free: bavail * bsize, size: blocks * bsize }
     },
 
     /** Returns true if the disk has room only for emptying the outbox. */

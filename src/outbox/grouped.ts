@@ -1,6 +1,6 @@
 import { createBatcher } from '../concurrency/batcher.ts'
 import type { PendingEvent } from '../identity/event.ts'
-import { throttledError, type Log } from '../log.ts'
+import { throttled, type Log } from '../log.ts'
 import type { HasResult, Outbox, PutResult } from './outbox.ts'
 
 interface NewEvent { event: PendingEvent, maxBytes: number }
@@ -20,16 +20,17 @@ interface Store {
 export function groupCalls (
   { store, lookUp, maxGroup, maxStores = Infinity }: Store, log: Log
 ): Pick<Outbox, 'put' | 'has'> & { idle: () => Promise<unknown> } {
-  const logError = throttledError((what, message) => log.error(what, message), 1000)
+  const warnUnavailable = throttled(log, 'warn', 'outbox unavailable')
+  const warnRejected = throttled(log, 'warn', 'outbox write rejected')
 
   const unknownFor = (items: unknown[]) => (error: Error) => {
-    logError({ cause: error.message }, 'outbox unavailable')
+    warnUnavailable({ cause: error.message })
     return items.map(() => 'unknown' as const)
   }
 
   async function storeAll (events: NewEvent[]): Promise<PutResult[]> {
     const { results, cause } = await store(events)
-    if (cause !== undefined) logError({ cause }, 'outbox write rejected')
+    if (cause !== undefined) warnRejected({ cause })
     return results
   }
 

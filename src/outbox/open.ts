@@ -2,15 +2,23 @@ import { existsSync, statfsSync } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { projectOf, type Config } from '../config.ts'
 import type { Log } from '../log.ts'
+import type { Metrics } from '../metrics.ts'
 import { connectRedis, type Redis } from '../redis.ts'
 import { DirectoryInUse, MAX_ENTRIES, type Outbox } from './outbox.ts'
 
 /** A relay that is silent for DEADLINE_MS plus this is dead, or waits for Mixpanel: it delivers nothing. */
 const LEASE_AFTER_DEADLINE_MS = 5000
 
-/** Resolves with a connection to REDIS_URL; undefined if it is not set. Rejects when Redis cannot be reached. */
-export async function openConnection ({ REDIS_URL: url }: Config, log: Log): Promise<Redis | undefined> {
-  return url === undefined ? undefined : connectRedis(url, log)
+/**
+ * Resolves with a connection to REDIS_URL; undefined if it is not set. Rejects when Redis refuses it, and when it is
+ * down and shall hold the outbox. Rate limits can do without it.
+ */
+export async function openConnection (
+  { REDIS_URL: url, OUTBOX: outbox }: Config, log: Log
+): Promise<Redis | undefined> {
+  if (url === undefined) return undefined
+  const isRequired = outbox === 'redis'
+  return connectRedis(url, log, { isRequired, uses: ['rate limits', ...isRequired ? ['outbox'] : []] })
 }
 
 /** Returns the relay's own directory in the one that OUTBOX names: its mode is 0700, whatever that of the other. */
@@ -37,13 +45,13 @@ function reportFileSystem (directory: string, log: Log): void {
 
 /** Resolves with the configured outbox, if any, and loads only its modules. Rejects when it cannot be used. */
 export async function openOutbox (
-  config: Config, redis: Redis | undefined, log: Log
+  config: Config, redis: Redis | undefined, log: Log, metrics?: Metrics
 ): Promise<Outbox | undefined> {
   const directory = directoryOf(config)
   if (directory !== undefined) {
     const { openSqlite } = await import('./sqlite.ts')
     try {
-      const outbox = await openSqlite(directory, projectOf(config), log, { maxEntries: MAX_ENTRIES })
+      const outbox = await openSqlite(directory, projectOf(config), log, { maxEntries: MAX_ENTRIES }, metrics)
       reportFileSystem(directory, log)
       return outbox
     } catch (error) {
@@ -54,5 +62,5 @@ export async function openOutbox (
   if (config.OUTBOX === 'off' || redis === undefined) return undefined
   const { openRedis } = await import('./redis.ts')
   const leaseMs = config.DEADLINE_MS + LEASE_AFTER_DEADLINE_MS
-  return openRedis(redis, projectOf(config), log, { leaseMs, maxEntries: MAX_ENTRIES })
+  return openRedis(redis, projectOf(config), log, { leaseMs, maxEntries: MAX_ENTRIES }, metrics)
 }

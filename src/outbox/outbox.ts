@@ -1,3 +1,5 @@
+import type { Log } from '../log.ts'
+import type { Metrics } from '../metrics.ts'
 import { storedEvent, type PendingEvent } from '../identity/event.ts'
 
 /** A queued event, exactly as it was validated. */
@@ -17,6 +19,12 @@ export interface DeadLetter extends Listed { reason: string, died: Date }
 
 /** How many entries and dead letters exist, the bytes of their events, and whether an operator has paused delivery. */
 export interface Counts { waiting: number, dead: number, bytes: number, paused: boolean }
+
+/** The free bytes of a disk, for a user that is not root, and all of its bytes. */
+export interface Disk { free: number, size: number }
+
+/** A part on which an outbox depends, and since when it does not answer. */
+export interface Outage { part: 'Redis' | 'disk', since: Date }
 
 /** What an outbox may hold, dead letters included. */
 export interface Limits { maxEntries: number }
@@ -47,6 +55,10 @@ export interface Outbox {
   ack: (entries: Entry[]) => Promise<void>
   /** Turns entries into dead letters. */
   deadLetter: (entries: { entry: Entry, reason: string }[]) => Promise<void>
+  /** Resolves with the space on its disk; with undefined where it is not in a directory. */
+  disk: () => Promise<Disk | undefined>
+  /** Returns what the outbox waits for, and since when; undefined while it answers. */
+  outage: () => Outage | undefined
   /** Returns the counts as far as this process knows. */
   counts: () => Counts
   /** Resolves, for operators, with up to `count` entries after the id `after`, in order. */
@@ -79,8 +91,13 @@ export const OTHER_MODE = 'it holds identities that were queued with another MIX
 /** The reason of a dead letter whose stored text is no event. */
 export const UNREADABLE = 'unreadable: it was changed after it was stored'
 
-/** Splits stored rows into entries and what is no event. */
-export function readRows<Row extends { id: string, json: string, endpoint?: 'import' }> (rows: Row[]) {
+/**
+ * Resolves with the entries of stored rows, after what is no event has become dead letters. Rejects when `deadLetter`,
+ * which gets these rows, does.
+ */
+export async function readRows<Row extends { id: string, json: string, endpoint?: 'import' }> (
+  rows: Row[], deadLetter: (unreadable: Row[]) => Promise<void>, log: Log, metrics: Metrics
+): Promise<Entry[]> {
   const entries: Entry[] = []
   const unreadable: Row[] = []
   for (const row of rows) {
@@ -88,7 +105,12 @@ export function readRows<Row extends { id: string, json: string, endpoint?: 'imp
     if (event === undefined) unreadable.push(row)
     else entries.push({ ...rest, event })
   }
-  return { entries, unreadable }
+  if (unreadable.length > 0) {
+    log.error({ identities: unreadable.length }, 'unreadable events dead-lettered')
+    await deadLetter(unreadable)
+    metrics.outbox('dead_lettered', 'unreadable', unreadable.length)
+  }
+  return entries
 }
 
 /** Returns a stored row for an operator. */

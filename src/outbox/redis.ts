@@ -1,7 +1,8 @@
 import { randomUUID } from 'node:crypto'
 import type { Project, ProjectNames } from '../config.ts'
 import type { Log } from '../log.ts'
-import { connectBackground, withTimeout, FOREGROUND_TIMEOUT_MS, type Redis } from '../redis.ts'
+import { NO_METRICS, type Metrics } from '../metrics.ts'
+import { connectBackground, redisOutage, withTimeout, FOREGROUND_TIMEOUT_MS, type Redis } from '../redis.ts'
 import { groupCalls } from './grouped.ts'
 import {
   listed, MAX_NEXT_BYTES, OTHER_MODE, readRows, UNREADABLE,
@@ -23,7 +24,8 @@ type Fields = [id: string, fields: string[]]
  * commands that callers wait for; its creator closes it. Rejects when Redis does not answer, or refuses a script.
  */
 export async function openRedis (
-  foreground: Redis, project: Project, log: Log, { leaseMs, maxEntries }: Limits & { leaseMs: number }
+  foreground: Redis, project: Project, log: Log, { leaseMs, maxEntries }: Limits & { leaseMs: number },
+  metrics: Metrics = NO_METRICS
 ): Promise<Outbox> {
   const keys = await keysOf(foreground, project)
   await refuseOtherMode(foreground, project)
@@ -95,17 +97,21 @@ export async function openRedis (
       const [rows, gone] = await run<[Fields[], number]>(
         background, 'NEXT', relayId, leaseMs, startOf(after), count, MAX_NEXT_BYTES, VERSION)
       const lost = gone === -1 ? before : gone
-      if (lost > 0) log.error({ identities: lost }, 'queued identities are gone from Redis')
-      const { entries, unreadable } = readRows(rows.map(asRow))
-      if (unreadable.length > 0) {
-        log.error({ identities: unreadable.length }, 'unreadable events dead-lettered')
-        await deadLetter(unreadable.map(row => ({ ...row, reason: UNREADABLE })))
+      if (lost > 0) {
+        metrics.outbox('lost', 'redis', lost)
+        log.error({ identities: lost }, 'queued identities are gone from Redis')
       }
-      return entries
+      return readRows(rows.map(asRow), unreadable =>
+        deadLetter(unreadable.map(row => ({ ...row, reason: UNREADABLE }))), log, metrics)
     },
     async ack (entries) { await remove(entries) },
     deadLetter: letters => deadLetter(letters.map(({ entry: { id, event }, reason }) =>
       ({ id, claim: event.anonKey, json: event.json, reason }))),
+    disk: async () => undefined,
+    outage () {
+      const outage = redisOutage(foreground)
+      return outage && { part: 'Redis', since: outage.since }
+    },
     counts: () => counts,
     waiting: async (count, after) => (await range(WAITING, count, after)).map(fields => listed(asRow(fields))),
     dead: async (count, after) => (await range(DEAD, count, after)).map(asLetter),

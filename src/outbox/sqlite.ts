@@ -2,6 +2,7 @@ import { once } from 'node:events'
 import { MessageChannel, Worker, type MessagePort } from 'node:worker_threads'
 import type { Project } from '../config.ts'
 import type { Log } from '../log.ts'
+import { NO_METRICS, type Metrics } from '../metrics.ts'
 import { groupCalls } from './grouped.ts'
 import type { Database, NewRow } from './database.ts'
 import { DirectoryInUse, listed, readRows, UNREADABLE, type Counts, type Limits, type Outbox } from './outbox.ts'
@@ -22,7 +23,9 @@ interface Pending { resolve: (result: never) => void, reject: (error: Error) => 
  * Opens an outbox in a directory: SQLite, in a thread of its own, because each commit waits for the disk. Rejects with
  * DirectoryInUse, an error of SQLite or of the files, or an error when they hold events of another project.
  */
-export function openSqlite (directory: string, project: Project, log: Log, limits: Limits): Promise<Outbox> {
+export function openSqlite (
+  directory: string, project: Project, log: Log, limits: Limits, metrics?: Metrics
+): Promise<Outbox> {
   const { port1: ours, port2: port } = new MessageChannel()
   const workerData: ThreadData = { port, directory, project, limits }
   // The thread needs no variable, and none of the loaders that a test runner passes in NODE_OPTIONS.
@@ -31,11 +34,13 @@ export function openSqlite (directory: string, project: Project, log: Log, limit
   })
   // A bug in the thread ends the process, as one in this thread would.
   worker.on('error', error => { setImmediate(() => { throw error }) })
-  return connectOutbox(ours, log)
+  return connectOutbox(ours, log, metrics)
 }
 
 /** Resolves with the outbox whose database answers on the other end of `port`. Rejects as `openSqlite` does. */
-export async function connectOutbox (port: MessagePort, log: Log): Promise<Outbox> {
+export async function connectOutbox (
+  port: MessagePort, log: Log, metrics: Metrics = NO_METRICS
+): Promise<Outbox> {
   const closed = once(port, 'close')
   const calls = new Map<number, Pending>()
   let lastId = OPENED
@@ -62,6 +67,7 @@ export async function connectOutbox (port: MessagePort, log: Log): Promise<Outbo
   await answerTo(OPENED)
   /** How many calls for waiting requests are late. Until the disk answers them, no further ones are made. */
   let lateCalls = 0
+  let lateSince: Date | undefined
 
   /** Rejects when the disk has not answered in time; what it answers later does not matter. */
   function inTime<Result> (answer: Promise<Result>): Promise<Result> {
@@ -70,11 +76,12 @@ export async function connectOutbox (port: MessagePort, log: Log): Promise<Outbo
       const timer = setTimeout(() => {
         isLate = true
         lateCalls++
+        lateSince ??= new Date()
         reject(new Error(TOO_SLOW))
       }, FOREGROUND_TIMEOUT_MS)
       answer.then(resolve, reject).finally(() => {
         clearTimeout(timer)
-        if (isLate) lateCalls--
+        if (isLate && --lateCalls === 0) lateSince = undefined
       })
     })
   }
@@ -101,15 +108,14 @@ export async function connectOutbox (port: MessagePort, log: Log): Promise<Outbo
     has: async anonKey => counts.waiting === 0 ? 'no' : await groups.has(anonKey),
     async next (count, after) {
       if (counts.waiting === 0) return []
-      const { entries, unreadable } = readRows((await call('next', count, after)).map(asRow))
-      if (unreadable.length > 0) {
-        log.error({ identities: unreadable.length }, 'unreadable events dead-lettered')
-        await call('deadLetter', unreadable.map(({ id }) => ({ id, reason: UNREADABLE })))
-      }
-      return entries
+      const rows = (await call('next', count, after)).map(asRow)
+      return readRows(rows, unreadable =>
+        call('deadLetter', unreadable.map(({ id }) => ({ id, reason: UNREADABLE }))), log, metrics)
     },
     ack: entries => call('ack', idsOf(entries)),
     deadLetter: letters => call('deadLetter', letters.map(({ entry: { id }, reason }) => ({ id, reason }))),
+    disk: () => call('disk'),
+    outage: () => lateSince && { part: 'disk', since: lateSince },
     counts: () => counts,
     waiting: async (count, after) => (await call('waiting', count, after)).map(row => listed(asRow(row))),
     dead: async (count, after) => (await call('dead', count, after)).map(({ id, json, reason, died }) =>

@@ -2,16 +2,23 @@ import { setImmediate } from 'node:timers/promises'
 import type { Config } from '../config.ts'
 import type { Delivery } from '../mixpanel/delivery.ts'
 import type { Log } from '../log.ts'
+import { NO_METRICS, type Metrics } from '../metrics.ts'
+import { withoutIds } from '../identity/event.ts'
 import { isFailure, isLimit, isNotSent, type Verdict } from '../identity/verdict.ts'
 import type { Entry, Outbox } from '../outbox/outbox.ts'
 import { backoffMs, createPauses } from './pauses.ts'
-import { createPass, finalReason, isTooLong, isTooOld, maxRound, planRound } from './plan.ts'
+import {
+  createPass, finalReason, isTooLong, isTooOld, maxRound, planRound, TOO_OLD, type FinalReason
+} from './plan.ts'
 import { createSuspects } from './suspects.ts'
 
 interface Outcome { entry: Entry, verdict: Verdict }
 
 /** The pause after a pass without progress: meanwhile another relay may store entries, or lose its lease. */
 const POLL_MS = 1000
+
+/** The most dead letters of which one log line has the `$insert_id` and the reason. */
+const MAX_LOGGED = 100
 
 /** How long `stop` waits for the round in flight. */
 const STOP_TIMEOUT_MS = 2000
@@ -21,7 +28,9 @@ const STOP_TIMEOUT_MS = 2000
  * of one anonymous id are not in flight together until one is accepted, so the first one reaches Mixpanel first. The
  * caller must `start` the forwarder, and `stop` it before the outbox is closed.
  */
-export function createForwarder (config: Config, outbox: Outbox, delivery: Delivery, log: Log) {
+export function createForwarder (
+  config: Config, outbox: Outbox, delivery: Delivery, log: Log, metrics: Metrics = NO_METRICS
+) {
   const maxEntries = maxRound(config)
   const pauses = createPauses()
   const suspects = createSuspects()
@@ -43,7 +52,7 @@ export function createForwarder (config: Config, outbox: Outbox, delivery: Deliv
     reportPause()
     if (entries.length === 0 || isTooLong(pass)) return nextPass()
     const expired = entries.filter(entry => isTooOld(entry, config))
-    await deadLetter(expired.map(entry => ({ entry, reason: 'older than 4.5 days' })))
+    await deadLetter(expired.map(entry => ({ entry, ...TOO_OLD })))
     const fresh = entries.filter(entry => !expired.includes(entry))
     const { arrays, last = entries.at(-1)?.id } = planRound(fresh, pass, suspects, config)
     // Many rounds of deferred entries must not block the event loop.
@@ -86,21 +95,27 @@ export function createForwarder (config: Config, outbox: Outbox, delivery: Deliv
   async function settle (outcomes: Outcome[]): Promise<void> {
     if (outcomes.length === 0) return
     const delivered = outcomes.filter(({ verdict }) => verdict.code === 'accepted').map(({ entry }) => entry)
-    if (delivered.length > 0) await outbox.ack(delivered)
+    if (delivered.length > 0) {
+      await outbox.ack(delivered)
+      metrics.outbox('delivered', 'accepted', delivered.length)
+    }
     const letters = outcomes.flatMap(({ entry, verdict }) => {
       const reason = finalReason(entry, verdict)
-      return reason === undefined ? [] : [{ entry, reason }]
+      return reason === undefined ? [] : [{ entry, ...reason }]
     })
     await deadLetter(letters)
     const counts = { delivered: delivered.length, dead_lettered: letters.length, ...outbox.counts() }
     log.debug(counts, 'outbox round delivered')
   }
 
-  async function deadLetter (letters: { entry: Entry, reason: string }[]): Promise<void> {
+  async function deadLetter (letters: ({ entry: Entry } & FinalReason)[]): Promise<void> {
     if (letters.length === 0) return
     await outbox.deadLetter(letters)
-    const insertIds = letters.slice(0, 100).map(({ entry }) => entry.event.insertId)
-    log.warn({ identities: letters.length, insert_ids: insertIds }, 'identities dead-lettered')
+    for (const { label } of letters) metrics.outbox('dead_lettered', label)
+    const logged = letters.slice(0, MAX_LOGGED)
+    const insertIds = logged.map(({ entry }) => entry.event.insertId)
+    const reasons = new Set(logged.map(({ entry, reason }) => withoutIds(reason, entry.event)))
+    log.warn({ identities: letters.length, insert_ids: insertIds, reasons: [...reasons] }, 'identities dead-lettered')
   }
 
   /** Defers the entries that failed, then resumes or pauses the delivery. */

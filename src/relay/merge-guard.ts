@@ -4,6 +4,7 @@ import type { Config } from '../config.ts'
 import type { PendingEvent } from '../identity/event.ts'
 import type { Verdict } from '../identity/verdict.ts'
 import type { Log } from '../log.ts'
+import { NO_METRICS, type Metrics } from '../metrics.ts'
 
 /** The most pairs of ids in memory, some 30 MB. Beyond that those that have not been used for longest are forgotten. */
 const MAX_PAIRS = 100_000
@@ -21,6 +22,8 @@ interface Pair {
   isKept: boolean
 }
 
+interface Options { maxPairs?: number | undefined, metrics?: Metrics }
+
 export type MergeGuard = ReturnType<typeof createMergeGuard>
 
 /**
@@ -28,7 +31,9 @@ export type MergeGuard = ReturnType<typeof createMergeGuard>
  * many users (a kiosk). It remembers pairs for MERGE_GUARD_WINDOW_MS after their last use, in this process alone, and
  * as digests with a random key. Returns undefined if no bound is set.
  */
-export function createMergeGuard (config: Settings, log: Log, maxPairs = MAX_PAIRS) {
+export function createMergeGuard (
+  config: Settings, log: Log, { maxPairs = MAX_PAIRS, metrics = NO_METRICS }: Options = {}
+) {
   const { MAX_ANON_PER_USER: maxAnons = Infinity, MAX_USERS_PER_ANON: maxUsers = Infinity } = config
   if (maxAnons === Infinity && maxUsers === Infinity) return undefined
   const key = randomBytes(32)
@@ -82,7 +87,9 @@ export function createMergeGuard (config: Settings, log: Log, maxPairs = MAX_PAI
     forgetUnused(now - config.MERGE_GUARD_WINDOW_MS)
     const rule = exceeded(user, anon)
     if (rule !== undefined) {
-      if (config.MERGE_GUARD === 'refuse') return suspicious(rule)
+      const isRefused = config.MERGE_GUARD === 'refuse'
+      metrics.mergeGuard(rule, isRefused ? 'refused' : 'warned')
+      if (isRefused) return suspicious(rule)
       log.warn({ insert_id: insertId, rule }, 'suspicious identity')
     }
     makeRoom(pairs, maxPairs, remove)

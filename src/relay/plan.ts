@@ -97,13 +97,21 @@ export function planRound (
   return { arrays: [...arrays, ...culprits], last }
 }
 
+/** Why an entry becomes a dead letter, for operators, and the label of the reason in the metrics. */
+export interface FinalReason { reason: string, label: string }
+
+export const TOO_OLD: FinalReason = { reason: 'older than 4.5 days', label: 'too_old' }
+
 /** Returns why an entry with this verdict can never be delivered; undefined if it is delivered or still may be. */
-export function finalReason ({ endpoint }: Entry, verdict: Verdict): string | undefined {
-  if (verdict.code === 'refused_by_mixpanel') return verdict.reason ?? 'refused by Mixpanel, without a reason'
-  if (isTooLarge(verdict)) return 'too large for Mixpanel'
+export function finalReason ({ endpoint }: Entry, verdict: Verdict): FinalReason | undefined {
+  const { code } = verdict
+  if (code === 'refused_by_mixpanel') {
+    return { reason: verdict.reason ?? 'refused by Mixpanel, without a reason', label: code }
+  }
+  if (isTooLarge(verdict)) return { reason: 'too large for Mixpanel', label: 'too_large' }
   // A replay through /import may need other credentials than the other entries, which must not wait for a correction.
-  if (endpoint === 'import' && verdict.code === 'mixpanel_rejected_credentials') {
-    return '/import rejected the credentials of this relay'
+  if (endpoint === 'import' && code === 'mixpanel_rejected_credentials') {
+    return { reason: '/import rejected the credentials of this relay', label: code }
   }
   return undefined
 }

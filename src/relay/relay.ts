@@ -6,9 +6,10 @@ import { createToEvent, type PendingEvent } from '../identity/event.ts'
 import type { Identity } from '../identity/identity.ts'
 import { createMergeGuard } from './merge-guard.ts'
 import { createStoreAndForward, type StoreOptions } from './store-and-forward.ts'
-import { throttledError, type Log } from '../log.ts'
+import { throttled, type Log } from '../log.ts'
 import { MAX_SENDS, type Mixpanel } from '../mixpanel/client.ts'
 import { MAX_REQUEST_BYTES, wireBytes } from '../mixpanel/encode.ts'
+import { NO_METRICS, type Metrics } from '../metrics.ts'
 import type { Outbox } from '../outbox/outbox.ts'
 import { isRetryable, NEVER_SENT, OVERLOADED, type Verdict } from '../identity/verdict.ts'
 
@@ -28,7 +29,6 @@ const CROWDED: Verdict = { ...OVERLOADED, reason: 'Too many identities with this
 /** Events from before this release come from a wrong clock, and Mixpanel would drop them. In seconds. */
 const EARLIEST_TIME = Date.UTC(2026, 10, 1) / 1000
 const CLOCK_IS_WRONG: Verdict = { ...OVERLOADED, reason: 'The clock of the relay is wrong; its operator must set it.' }
-const ERROR_INTERVAL_MS = 60_000
 
 export interface IdentifyOptions extends StoreOptions {
   /** Mixpanel validates the event (`strict=1`). */
@@ -41,8 +41,10 @@ export interface IdentifyOptions extends StoreOptions {
  * The path of a validated identity: it joins a batch, the batch is sent, and each identity gets its own verdict. With
  * an outbox, events that Mixpanel cannot take now are stored and sent later. The caller closes `mixpanel` and `outbox`.
  */
-export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbox?: Outbox) {
-  const delivery = createDelivery(config, mixpanel, log)
+export function createRelay (
+  config: Config, mixpanel: Mixpanel, log: Log, outbox?: Outbox, metrics: Metrics = NO_METRICS
+) {
+  const delivery = createDelivery(config, mixpanel, log, metrics)
   const batcher = createBatcher<OutgoingEvent, Verdict>({
     send: delivery.deliver,
     maxBatch: config.MAX_BATCH,
@@ -55,13 +57,14 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
     late: { afterMs: config.DEADLINE_MS * 0.9, result: NEVER_SENT },
     isAlone: item => item.isStrict
   })
-  const storeAndForward = outbox && createStoreAndForward(config, { outbox, send: batcher.add, delivery, log })
-  const logError = throttledError((fields, message) => log.error(fields, message), ERROR_INTERVAL_MS)
+  const storeAndForward = outbox &&
+    createStoreAndForward(config, { outbox, send: batcher.add, delivery, log, metrics })
+  const logWrongClock = throttled(log, 'error', 'clock before the date of this release')
   // The first user of an anonymous id keeps it for ever, so identities with one anonymous id are sent one at a time.
   const mutex = createKeyedMutex()
   const toEvent = createToEvent(config)
 
-  const mergeGuard = createMergeGuard(config, log)
+  const mergeGuard = createMergeGuard(config, log, { metrics })
 
   const sendOrStore = (item: OutgoingEvent, options: IdentifyOptions): Promise<Verdict> =>
     storeAndForward === undefined ? batcher.add(item) : storeAndForward.identify(item, options)
@@ -69,6 +72,11 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
   const sendIfPlausible = (item: OutgoingEvent, options: IdentifyOptions): Promise<Verdict> => mergeGuard === undefined
     ? sendOrStore(item, options)
     : mergeGuard.run(item.event, () => sendOrStore(item, options))
+
+  function rejection () {
+    const since = storeAndForward?.rejectingSince()
+    return since && { rejecting_since: since.toISOString() }
+  }
 
   async function identifyInBatch (
     item: OutgoingEvent, options: IdentifyOptions, failures: Map<string, Verdict>
@@ -92,7 +100,7 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
       if (mutex.inFlight() >= config.MAX_IN_FLIGHT) return OVERLOADED
       if (mutex.queued(event.anonKey) >= MAX_QUEUED) return CROWDED
       if (event.time < EARLIEST_TIME) {
-        logError({ time: event.time }, 'clock before the date of this release')
+        logWrongClock({ time: event.time })
         return CLOCK_IS_WRONG
       }
       const item = { event, isStrict, deadline: performance.now() + config.DEADLINE_MS, attempts: 0 }
@@ -108,9 +116,15 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
     /** Returns, for operators: identities in flight, the counts of the outbox, and Mixpanel's last verdict. */
     state: () => ({
       in_flight: mutex.inFlight(),
-      ...outbox && { outbox: outbox.counts() },
+      ...outbox && { outbox: { ...outbox.counts(), ...outageOf(outbox), ...rejection() } },
       ...delivery.state()
     }),
+
+    /** Returns when Mixpanel began to fail every request; undefined while it does not. */
+    failingSince: delivery.failingSince,
+
+    /** Returns how many seconds this clock is ahead of Mixpanel's; undefined until its first answer. */
+    clockSkew: delivery.clockSkew,
 
     /** With an outbox, stores the identities that still wait for Mixpanel. Without one it does nothing. */
     stopWaiting: () => storeAndForward?.stopWaiting(),
@@ -124,4 +138,9 @@ export function createRelay (config: Config, mixpanel: Mixpanel, log: Log, outbo
       await storeAndForward?.stop()
     }
   }
+}
+
+function outageOf (outbox: Outbox) {
+  const outage = outbox.outage()
+  return outage && { unavailable_since: outage.since.toISOString(), waits_for: outage.part }
 }

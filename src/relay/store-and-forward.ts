@@ -1,16 +1,18 @@
 import type { Config } from '../config.ts'
 import type { Delivery, OutgoingEvent } from '../mixpanel/delivery.ts'
 import type { Log } from '../log.ts'
+import { NO_METRICS, type Metrics } from '../metrics.ts'
 import { createDeadLetterExpiry } from './dead-letter-expiry.ts'
 import { createForwarder } from './forwarder.ts'
 import type { Outbox } from '../outbox/outbox.ts'
-import { isDeferrable, NEVER_SENT, OVERLOADED, type Verdict } from '../identity/verdict.ts'
+import { isDeferrable, NEVER_SENT, OVERLOADED, type Outcome, type Verdict } from '../identity/verdict.ts'
 
 interface Dependencies {
   outbox: Outbox
   delivery: Delivery
   send: (item: OutgoingEvent) => Promise<Verdict>
   log: Log
+  metrics?: Metrics
 }
 
 export interface StoreOptions {
@@ -22,29 +24,55 @@ export interface StoreOptions {
 
 const overloaded = (reason: string): Verdict => ({ ...OVERLOADED, reason })
 const NOT_STORED = overloaded('The outbox is full or cannot write. The identity was not stored.')
-const STORE_UNREACHABLE = overloaded('The outbox is out of reach. The identity was neither sent nor stored.')
-const MAYBE_STORED: Verdict = {
-  ...overloaded('The outbox did not answer in time and may have stored the identity. A repeat is safe.'),
-  taken: 'unknown'
-}
+const OUT_OF_REACH = 'The outbox is out of reach. The identity was neither sent nor stored.'
+const MAYBE_STORED = 'The outbox did not answer in time and may have stored the identity. A repeat is safe.'
+
+/** How long a rejected write says that the next one would be rejected too. */
+const REJECTED_MS = 60_000
+
+/** Why events are stored: the label of each cause in the metrics, and its words in the log. */
+const CAUSES = {
+  respond_async: 'respond-async',
+  paused: 'delivery is paused',
+  earlier_queued: 'an earlier identity is queued',
+  late: 'half of DEADLINE_MS has passed'
+} as const
+
+/** One of these causes, or the code of the verdict after which the event is stored. */
+type StoreReason = keyof typeof CAUSES | Outcome
 
 /**
  * Sends identities, and stores those that Mixpanel cannot take now. While an event waits in the outbox, later ones with
  * its anonymous id follow it there.
  */
-export function createStoreAndForward (config: Config, { outbox, delivery, send, log }: Dependencies) {
-  const forwarder = createForwarder(config, outbox, delivery, log)
-  const expiry = createDeadLetterExpiry(config, outbox, log)
+export function createStoreAndForward (
+  config: Config, { outbox, delivery, send, log, metrics = NO_METRICS }: Dependencies
+) {
+  const forwarder = createForwarder(config, outbox, delivery, log, metrics)
+  const expiry = createDeadLetterExpiry(config, outbox, log, metrics)
 
   /** One callback for each event being sent; it ends the wait for Mixpanel. */
   const sending = new Set<() => void>()
   let isStopped = false
+  let rejectedAt: Date | undefined
+  let rejectingSince: Date | undefined
 
-  async function store ({ event }: OutgoingEvent, cause: string, maxBytes: number): Promise<Verdict> {
+  async function store ({ event }: OutgoingEvent, reason: StoreReason, maxBytes: number): Promise<Verdict> {
     const result = await outbox.put(event, maxBytes)
-    if (result !== 'stored') return result === 'rejected' ? NOT_STORED : MAYBE_STORED
+    metrics.outbox(result, reason)
+    rejectedAt = result === 'rejected' ? new Date() : undefined
+    rejectingSince = rejectedAt && (rejectingSince ?? rejectedAt)
+    if (result === 'rejected') return NOT_STORED
+    if (result === 'unknown') return { ...overloaded(`${MAYBE_STORED}${outage()}`), taken: 'unknown' }
     forwarder.added()
+    const cause = reason in CAUSES ? CAUSES[reason as keyof typeof CAUSES] : reason
     return { code: 'queued', taken: 'unknown', cause }
+  }
+
+  /** Returns a sentence about the part that is away, if any is. */
+  function outage (): string {
+    const found = outbox.outage()
+    return found === undefined ? '' : ` The outbox waits for its ${found.part} since ${found.since.toISOString()}.`
   }
 
   function sendUnlessStopped (item: OutgoingEvent): Promise<Verdict> {
@@ -58,13 +86,13 @@ export function createStoreAndForward (config: Config, { outbox, delivery, send,
 
   async function sendOrStore (item: OutgoingEvent, maxBytes: number): Promise<Verdict> {
     const { event, deadline } = item
-    if (outbox.counts().paused) return store(item, 'delivery is paused', maxBytes)
+    if (outbox.counts().paused) return store(item, 'paused', maxBytes)
     const hasEarlier = await outbox.has(event.anonKey)
-    if (hasEarlier === 'unknown') return STORE_UNREACHABLE
-    if (hasEarlier === 'yes') return store(item, 'an earlier identity is queued', maxBytes)
+    if (hasEarlier === 'unknown') return overloaded(`${OUT_OF_REACH}${outage()}`)
+    if (hasEarlier === 'yes') return store(item, 'earlier_queued', maxBytes)
     // Half the deadline has passed behind an earlier identity; too little is left to send.
     if (performance.now() > deadline - config.DEADLINE_MS / 2) {
-      return store(item, 'half of DEADLINE_MS has passed', maxBytes)
+      return store(item, 'late', maxBytes)
     }
     const verdict = await sendUnlessStopped(item)
     if (verdict.code === 'accepted') forwarder.recovered()
@@ -78,7 +106,7 @@ export function createStoreAndForward (config: Config, { outbox, delivery, send,
     /** Resolves with the verdict of `send`, or with `queued` once the event is on disk. `isAsync`: stores at once. */
     identify (item: OutgoingEvent, { isAsync = false, isTrusted = false }: StoreOptions): Promise<Verdict> {
       const maxBytes = isTrusted ? config.OUTBOX_MAX_BYTES : config.OUTBOX_MAX_BYTES / 2
-      return isAsync ? store(item, 'respond-async', maxBytes) : sendOrStore(item, maxBytes)
+      return isAsync ? store(item, 'respond_async', maxBytes) : sendOrStore(item, maxBytes)
     },
 
     /** Stops waiting for Mixpanel: events being sent, and all later ones, are stored. */
@@ -86,6 +114,10 @@ export function createStoreAndForward (config: Config, { outbox, delivery, send,
       isStopped = true
       for (const endWait of sending) endWait()
     },
+
+    /** Returns the first of the writes that were rejected without a success since; undefined a minute later. */
+    rejectingSince: () =>
+      rejectedAt !== undefined && Date.now() - rejectedAt.getTime() < REJECTED_MS ? rejectingSince : undefined,
 
     start (): void {
       forwarder.start()

@@ -1,5 +1,6 @@
 import fp from 'fastify-plugin'
 import type { Config } from '../../config.ts'
+import type { CallerText } from '../caller-text.ts'
 
 const EXPOSED = 'x-request-id, retry-after, ratelimit-limit, ratelimit-remaining, ratelimit-reset'
 const PREFLIGHT = {
@@ -35,12 +36,16 @@ export const corsHeaders = fp<Options>(async (app, { config }) => {
  * still sends the request (a beacon, a text/plain POST), which merges two ids. @fastify/cors does not refuse requests,
  * and could only replace a few headers here.
  */
-export const origins = fp<Options>(async (app, { config }) => {
+export const origins = fp<Options & { callerText: CallerText }>(async (app, { config, callerText }) => {
   const allowed = new Set(config.CORS_ORIGINS)
   app.addHook('onRequest', ({ headers, method }, reply, done) => {
     const { origin } = headers
     if (origin === undefined) return done()
-    if (!allowed.has(origin)) return method === 'GET' || method === 'HEAD' ? done() : reply.problem('forbidden')
+    if (!allowed.has(origin)) {
+      if (method === 'GET' || method === 'HEAD') return done()
+      reply.logLine.details = { ...reply.logLine.details, origin: callerText.forLog(origin) }
+      return reply.problem('forbidden')
+    }
     const isPreflight = method === 'OPTIONS' && 'access-control-request-method' in headers
     return isPreflight ? reply.code(204).headers(PREFLIGHT).send() : done()
   })

@@ -5,6 +5,7 @@ import type { FastifyError, FastifyReply, FastifyRequest } from 'fastify'
 import fp from 'fastify-plugin'
 import type { Logger } from 'pino'
 import { BodyError } from '../body.ts'
+import type { Metrics } from '../../metrics.ts'
 import type { Connections } from '../connections.ts'
 import { SECURITY_HEADERS } from './security-headers.ts'
 import { type ProblemOptions, problemBody, type ProblemCode, PROBLEMS } from '../problem.ts'
@@ -60,27 +61,29 @@ function send (reply: FastifyReply, code: ProblemCode, extras: ProblemOptions) {
 }
 
 /** Returns the handler for a URL that Fastify cannot route. No hook runs, and its reply has no `problem`. */
-export const handleFrameworkError = (logger: Logger) =>
+export const handleFrameworkError = (logger: Logger, metrics: Metrics) =>
   (_: FastifyError, { method, id }: FastifyRequest, reply: FastifyReply) => {
     const errors = [{ pointer: '', detail: 'must have a valid URL' }]
+    metrics.request(method, undefined, 400, 0)
     logger.info({ method, status: 400, code: 'invalid_request', request_id: id }, 'request completed')
     const headers = { ...SECURITY_HEADERS, 'x-request-id': id, 'cache-control': 'no-store' }
     return send(reply.headers(headers), 'invalid_request', { errors })
   }
 
 /** Returns the handler for bytes that are not a request, or too slow. It sends a problem and closes the connection. */
-export const handleClientError = (logger: Logger, { refuseBytes }: Connections) =>
+export const handleClientError = (logger: Logger, { refuseBytes }: Connections, metrics: Metrics) =>
   (error: NodeJS.ErrnoException, socket: Socket): void => {
     if (error.code === 'ECONNRESET') socket.destroy()
-    else refuseBytes(socket, () => clientErrorAnswer(logger, error))
+    else refuseBytes(socket, () => clientErrorAnswer(logger, error, metrics))
   }
 
-function clientErrorAnswer (logger: Logger, { code: cause }: NodeJS.ErrnoException): string {
+function clientErrorAnswer (logger: Logger, { code: cause }: NodeJS.ErrnoException, metrics: Metrics): string {
   const status = { ERR_HTTP_REQUEST_TIMEOUT: 408, HPE_HEADER_OVERFLOW: 431 }[String(cause)] ?? 400
   const title = STATUS_CODES[status]
   const id = randomUUID()
   const detail = `The request could not be read: ${title}.`
   const body = JSON.stringify(problemBody('invalid_request', id, { detail, errors: [{ pointer: '', detail }], status }))
+  metrics.request('none', undefined, status, 0)
   logger.info({ status, code: 'invalid_request', cause, request_id: id }, 'request completed')
   const headers = {
     ...SECURITY_HEADERS,

@@ -1,6 +1,6 @@
 import type { FastifyRateLimitStore } from '@fastify/rate-limit'
 import { makeRoom } from '../../concurrency/make-room.ts'
-import { throttledError, type Log } from '../../log.ts'
+import { throttled, type Log } from '../../log.ts'
 import { withTimeout, FOREGROUND_TIMEOUT_MS, type Redis } from '../../redis.ts'
 
 /**
@@ -8,9 +8,6 @@ import { withTimeout, FOREGROUND_TIMEOUT_MS, type Redis } from '../../redis.ts'
  * forgotten. A flood of new addresses therefore frees no caller that is at its limit.
  */
 const MAX_CALLERS = 100_000
-
-/** The shortest time between two log lines about Redis. */
-const LOG_INTERVAL_MS = 60_000
 
 /** The usage of a caller in its window, this request included, and the time until the window ends, in ms. */
 export interface Usage { current: number, ttl: number }
@@ -56,13 +53,13 @@ export type RateLimitStore = FastifyRateLimitStore & {
  */
 export function createRateLimitStore ({ max, windowMs, redis, log }: Options): RateLimitStore {
   const countLocally = createCounter(windowMs)
-  const logError = throttledError((fields, message) => log.warn(fields, message), LOG_INTERVAL_MS)
+  const warn = throttled(log, 'warn', 'rate limit store unavailable')
   const countShared = redis && createSharedCounter(redis, windowMs)
 
   function add (key: string, amount: number, limit = max): Usage | Promise<Usage> {
     const local = countLocally(key, amount, limit)
     return countShared?.(key, amount, limit).catch(error => {
-      logError({ cause: error.message }, 'rate limit store unavailable')
+      warn({ cause: error.message })
       return local
     }) ?? local
   }

@@ -78,7 +78,12 @@ interface Options {
 type Parsed = PendingEvent | FieldError[]
 
 /** The problem of a whole batch. */
-type Refusal = ProblemOptions & { code: ProblemCode, headers?: Record<string, number> }
+type Refusal = ProblemOptions & {
+  code: ProblemCode
+  /** How many identities it has, as far as that is known. */
+  count: number
+  headers?: Record<string, number>
+}
 
 /** The broken rules of an identity, its verdict, or the bug that it met. */
 type Outcome = FieldError[] | Verdict | Error
@@ -92,7 +97,9 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
 
   app.post('/identify/batch', {
     ...identityRoute,
-    config: { body: identitiesOf(rules.schema), callers: 'services' } satisfies FastifyContextConfig,
+    config: {
+      body: identitiesOf(rules.schema), callers: 'services', identities: 'many'
+    } satisfies FastifyContextConfig,
     schema: {
       operationId: 'identifyBatch',
       summary: 'Merge many anonymous users',
@@ -106,7 +113,11 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
     }
   }, async (request, reply) => {
     const looked = await readBatch(request)
-    if (!Array.isArray(looked)) return reply.headers(looked.headers ?? {}).problem(looked.code, looked)
+    if (!Array.isArray(looked)) {
+      const { code, count, headers = {} } = looked
+      reply.logLine.outcomes = [{ outcome: 'failed', code, count }]
+      return reply.headers(headers).problem(code, looked)
+    }
 
     const isAsync = prefersAsync(request.headers.prefer)
     const options = { isAsync, isTrusted: true, failures: new Map<string, Verdict>() }
@@ -116,6 +127,7 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
     let queued = 0
     let failed = 0
     const insertIds: string[] = []
+    const failures = new Map<ProblemCode, number>()
     const results = outcomes.map((outcome, index) => {
       if ('code' in outcome && !hasFailed(outcome)) {
         if (outcome.code === 'queued') queued++
@@ -125,12 +137,18 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
       failed++
       if (outcome instanceof Error) reply.logUnhandledError(outcome)
       const [code, extras] = problemOf(outcome)
+      failures.set(code, (failures.get(code) ?? 0) + 1)
       retryAfter = Math.max(retryAfter, extras.retryAfter ?? 0)
       return { index, status: 'failed', problem: problemBody(code, request.id, extras) }
     })
     if (retryAfter > 0) reply.header('retry-after', retryAfter)
     const counts = { identities: results.length, queued, failed, insert_ids: insertIds }
     reply.logLine.details = { ...reply.logLine.details, ...counts }
+    reply.logLine.outcomes = [
+      { outcome: 'accepted', code: 'accepted', count: results.length - queued - failed },
+      { outcome: 'queued', code: 'queued', count: queued },
+      ...Array.from(failures, ([code, count]) => ({ outcome: 'failed' as const, code, count }))
+    ]
     if (failed === 0 && queued !== 0) return answerQueued(reply, isAsync).send({ results })
     return reply.code(failed === 0 ? 200 : 207).send({ results })
   })
@@ -145,17 +163,17 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
     request.body = undefined
     const found = locateIdentities(request, body)
     const errors = 'errors' in found ? found.errors : fieldErrors(request)
-    if ('errors' in found || errors.length > 0) return { code: 'invalid_request', errors }
+    if ('errors' in found || errors.length > 0) return { code: 'invalid_request', count: 0, errors }
     const { count, bounds } = found
     if (count > limit) {
       const detail = `must not have more than ${limit} items, the limit of one caller (RATE_LIMIT_MAX)`
-      return { code: 'invalid_request', errors: [{ pointer: '/identities', detail }] }
+      return { code: 'invalid_request', count, errors: [{ pointer: '/identities', detail }] }
     }
     // The request itself counts as one already.
     const wait = count > 1 ? await app.countIdentities(request, count - 1) : undefined
     if (wait !== undefined) {
       const headers = { 'ratelimit-limit': limit, 'ratelimit-remaining': 0, 'ratelimit-reset': wait }
-      return { code: 'too_many_requests', retryAfter: wait, headers }
+      return { code: 'too_many_requests', count, retryAfter: wait, headers }
     }
     // Nothing is sent until the whole body is known to be JSON.
     const looked: Parsed[] = []
@@ -172,7 +190,7 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
     // A response with a problem for each of these would be a hundred times as long as the request.
     const named = looked.slice(0, MAX_ERRORS)
       .map((_, index) => ({ pointer: `/identities/${index}`, detail: MUST_BE_OBJECT }))
-    return { code: 'invalid_request', errors: named }
+    return { code: 'invalid_request', count, errors: named }
   }
 
   /** Returns the event of an identity, or its errors with pointers relative to it. Throws when it is not JSON. */

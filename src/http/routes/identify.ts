@@ -71,7 +71,7 @@ export const identify: FastifyPluginAsyncTypebox<Options> = async (app, options)
 
   app.post('/identify', {
     ...identityRoute,
-    config: { callers: 'all' } satisfies FastifyContextConfig,
+    config: { callers: 'all', identities: 'one' } satisfies FastifyContextConfig,
     preValidation ({ body }, reply, done) {
       const errors = checkSize(body, MAX_VALIDATED_FIELDS)
       if (errors.length > 0) reply.problem('invalid_request', { errors })
