@@ -1,8 +1,9 @@
 import { once } from 'node:events'
 import { createServer } from 'node:http'
 import type { AddressInfo } from 'node:net'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
-import { identity, leaks, startRelay, startSandbox, TOKEN } from './helper.ts'
+import { emptied, identity, leaks, startRelay, startRelayWithOutbox, startSandbox, TOKEN } from './helper.ts'
 import { readConfig } from '#src/config.js'
 import { identifyEvent } from '#src/identity/event.js'
 import { baseUrl, createMixpanel } from '#src/mixpanel/client.js'
@@ -106,13 +107,55 @@ t.test('a refused connection and an unknown host name are 502 mixpanel_unreachab
 })
 
 t.test('Mixpanel\'s Retry-After is passed on, within 1 to 60 seconds', async t => {
-  const { post, sandbox } = await startRelay(t)
   const inTenSeconds = new Date(Date.now() + 10_000).toUTCString()
   for (const [given, least, most] of [['7', 7, 7], ['0', 1, 1], ['86400', 60, 60], ['soon', 2, 2], [inTenSeconds, 8, 11]] as const) {
+    const { post, sandbox } = await startRelay(t)
     sandbox.faults.add({ name: 'rate_limited', retry_after: given })
     const seconds = Number((await post(identity())).headers['retry-after'])
     t.ok(seconds >= least && seconds <= most, `Retry-After ${given} is passed on as ${least} to ${most}, and was ${seconds}`)
   }
+})
+
+t.test('Mixpanel\'s Retry-After holds for the callers that follow, with what is left of it', async t => {
+  const { post, sandbox, relay, logged } = await startRelay(t, { env: { MAX_BATCH: '1' } })
+  sandbox.faults.add({ name: 'rate_limited', retry_after: '2' })
+  t.match(await post(identity()), { statusCode: 503, headers: { 'retry-after': '2' } })
+  await sleep(1100)
+  const held = await post(identity())
+  t.match(held.json(), { status: 503, code: 'mixpanel_rate_limited', retryable: true })
+  t.equal(held.headers['retry-after'], '1')
+  t.match(logged().find(line => line.cause === 'an earlier status 429'), { code: 'mixpanel_rate_limited', status: 503 })
+  t.equal(sandbox.requests.length, 1, 'nothing is sent meanwhile')
+  await sleep(1000)
+  t.equal((await post(identity())).statusCode, 200)
+  sandbox.faults.add({ name: 'rate_limited' })
+  t.equal((await post(identity())).statusCode, 503)
+  t.equal((await post(identity())).statusCode, 200, 'without a Retry-After the next one is sent')
+  t.equal(relay.failingSince(), undefined)
+})
+
+t.test('no request is repeated while Mixpanel asks not to be sent anything', async t => {
+  const { post, sandbox } = await startRelay(t, { env: { MAX_BATCH: '1' } })
+  sandbox.faults.add({ name: 'edge_down' }, { name: 'rate_limited', retry_after: '5' })
+  const answers = await Promise.all([post(identity()), post(identity())])
+  t.same(answers.map(({ statusCode }) => statusCode).sort(), [502, 503])
+  t.equal(sandbox.requests.length, 2)
+})
+
+t.test('with an outbox, identities are stored while Mixpanel asks not to be sent anything', async t => {
+  const relay = await startRelayWithOutbox(t)
+  relay.sandbox.faults.add({ name: 'rate_limited', retry_after: '3' })
+  t.same([(await relay.post(identity())).statusCode, (await relay.post(identity())).statusCode], [202, 202])
+  t.equal(relay.sandbox.requests.length, 1)
+  await emptied(relay)
+  t.ok(relay.sandbox.requests.length <= 3)
+})
+
+t.test('credentials that Mixpanel rejects are one warning with a count', async t => {
+  const { post, sandbox, logged } = await startRelay(t)
+  sandbox.faults.add({ name: 'unauthorized', times: 2 }, { name: 'forbidden' })
+  for (let count = 0; count < 3; count++) t.equal((await post(identity())).statusCode, 502)
+  t.match(logged().filter(line => line.msg === 'credentials rejected by Mixpanel'), [{ level: 40, cause: 'status 401', count: 1 }])
 })
 
 t.test('DEADLINE_MS ends an attempt before MIXPANEL_TIMEOUT_MS does', async t => {

@@ -225,12 +225,15 @@ t.test('/status says why the relay is degraded', async t => {
     ['disk_nearly_full', withOutbox({}, disk(60_000_000))],
     [undefined, withOutbox({}, disk(30_000_000, 100_000_000))],
     ['disk_nearly_full', withOutbox({}, disk(10_000_000, 100_000_000))],
+    ['mixpanel_unavailable', { relay: { state: () => ({ in_flight: 0, mixpanel: 'unavailable', mixpanel_unavailable_since: '2026-01-01T00:00:00.000Z', last_verdict: { code: 'mixpanel_timed_out' } }), failingSince: () => new Date(), clockSkew: () => 1 } as never }, /only probes: mixpanel_timed_out/],
+    ['redis_away', { redis: () => ({ since: new Date(), cause: 'ECONNREFUSED' }) }, /Redis is away: ECONNREFUSED/],
+    [undefined, { redis: () => undefined }],
     ['secret_file_unusable', { secrets: () => [{ variable: 'API_KEYS', readAt: new Date(), problem: 'it is empty' }] }, /API_KEYS_FILE: it is empty/],
     ['jwks_stale', { jwks: () => 'stale' }],
     [undefined, { jwks: () => 'current' }]
   ]
   for (const [code, given, detail] of cases) {
-    const { reasons, app } = await startApp(t, given)
+    const { reasons, app } = await startApp(t, given, { OUTBOX: given.outbox === undefined ? 'off' : 'file:/x' })
     const found = await reasons()
     t.same(found.map(reason => reason.code), code === undefined ? [] : [code])
     if (detail !== undefined) t.match(found[0]?.detail, detail)

@@ -58,7 +58,7 @@ t.test('at most 256 claims wait behind one on their anonymous id', async t => {
 t.test('after a retryable failure the later claims of its batch are not sent, and fail alike', async t => {
   const { inject, sandbox } = await startRelay(t, { env: { MAX_BATCH: '1' } })
   const anon = randomUUID()
-  sandbox.faults.add({ name: 'rate_limited', retry_after: '7' })
+  sandbox.faults.add({ name: 'rate_limited' })
   const identities = ['first', 'second', 'third'].map(user => identity({ identified_id: user, anon_id: anon }))
   const { results } = (await inject({ method: 'POST', url: '/identify/batch', payload: { identities } })).json()
   t.match(results, identities.map((_, index) => ({ index, status: 'failed', problem: { status: 503, code: 'mixpanel_rate_limited' } })))

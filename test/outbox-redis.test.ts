@@ -173,10 +173,12 @@ t.test('a connection that is lost is logged, and one that Redis closes while it 
   await server.exit
   t.equal(await outbox.put(event()), 'unknown')
   await sleep(400)
+  t.match(outbox.outage(), { part: 'Redis', since: Date })
   const next = await startRedis(t, { port: server.port, dir: server.dir })
   while (await outbox.put(event()) !== 'stored') await sleep(50)
   t.same(new Set(logged), new Set(['outbox unavailable', 'Redis connection lost', 'Redis connection restored']))
   t.equal(next.port, server.port)
+  t.equal(outbox.outage(), undefined)
   await outbox.close()
 })
 

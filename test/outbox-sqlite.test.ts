@@ -315,7 +315,9 @@ t.test('while the disk does not answer, only the first requests wait for it, and
   const outbox = await connectOutbox(port1, silent)
   t.equal(await outbox.put(event()), 'stored')
   isStalled = true
+  t.equal(outbox.outage(), undefined)
   t.equal(await outbox.put(event()), 'unknown', 'it may be stored')
+  t.match(outbox.outage(), { part: 'disk', since: Date })
   t.equal(await outbox.put(event()), 'rejected')
   t.equal(await outbox.has('a key'), 'unknown')
   t.equal(stalled.length, 1)
@@ -323,5 +325,6 @@ t.test('while the disk does not answer, only the first requests wait for it, and
   relayed.port1.postMessage(stalled[0])
   while (await outbox.put(event()) !== 'stored') await sleep(10)
   t.equal(outbox.counts().waiting, 3, 'what was late is stored')
+  t.equal(outbox.outage(), undefined)
   await outbox.close()
 })

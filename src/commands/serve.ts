@@ -8,7 +8,7 @@ import type { StatusSources } from '../http/status.ts'
 import { openMetrics } from '../metrics.ts'
 import { baseUrl, createMixpanel } from '../mixpanel/client.ts'
 import { directoryOf, openConnection, openOutbox } from '../outbox/open.ts'
-import { useRedisCredentials } from '../redis.ts'
+import { redisOutage, useRedisCredentials } from '../redis.ts'
 import { createRelay } from '../relay/relay.ts'
 import { watchSecrets, type SecretFiles } from '../secrets.ts'
 import { runAdminCommand } from './admin.ts'
@@ -108,7 +108,7 @@ export async function serve (
     version,
     relay,
     outbox,
-    redis,
+    redis: redis && (() => redisOutage(redis)),
     jwks: tokens?.state,
     secrets: watch.state,
     droppedLogLines: log.dropped,

@@ -3,7 +3,7 @@ import { projectOf, SECRETS, type Config } from '../config.ts'
 import type { Snapshot } from '../metrics.ts'
 import { baseUrl } from '../mixpanel/client.ts'
 import { MAX_ENTRIES, type Disk, type Outbox } from '../outbox/outbox.ts'
-import { redisOutage, type Redis } from '../redis.ts'
+import type { RedisOutage } from '../redis.ts'
 import type { Relay } from '../relay/relay.ts'
 import type { SecretState } from '../secrets.ts'
 
@@ -28,7 +28,8 @@ export interface StatusSources {
   version: string
   relay: Relay
   outbox?: Outbox | undefined
-  redis?: Redis | undefined
+  /** Returns the outage of Redis, if it has one. */
+  redis?: (() => RedisOutage | undefined) | undefined
   /** Returns `stale` while the keys of users' tokens cannot be fetched. */
   jwks?: (() => string | undefined) | undefined
   secrets: () => SecretState[]
@@ -75,7 +76,7 @@ export function createStatus (sources: StatusSources) {
   function reasons ({ oldest, disk }: OutboxFacts): Reason[] {
     const { mixpanel, mixpanel_unavailable_since: openSince, last_verdict: last, outbox: stored } = relay.state()
     const failingSince = relay.failingSince()
-    const outage = redis && redisOutage(redis)
+    const outage = redis?.()
     const broken = secrets().filter(({ problem }) => problem !== undefined)
     const isOpen = mixpanel === 'unavailable'
     const rules: [isBroken: boolean, code: string, detail: string, since?: string | undefined][] = [
@@ -134,7 +135,7 @@ export function createStatus (sources: StatusSources) {
         mixpanel_failing_since: relay.failingSince()?.toISOString() ?? null,
         clock_skew_seconds: relay.clockSkew() ?? null,
         ...stored && { outbox: { ...stored, oldest: oldest?.toISOString() ?? null, ...disk && { disk } } },
-        ...redis && { redis: redisOutage(redis) === undefined ? 'connected' : 'away' },
+        ...redis && { redis: redis() === undefined ? 'connected' : 'away' },
         ...jwks?.() !== undefined && { jwks: jwks() },
         secrets: secrets().map(({ variable, readAt, problem }) =>
           ({ variable, age_seconds: secondsSince(readAt), problem: problem ?? null })),
@@ -168,7 +169,7 @@ export function createStatus (sources: StatusSources) {
           outbox_bytes_max: stored && config.OUTBOX_MAX_BYTES,
           outbox_paused: stored && Number(stored.paused),
           outbox_disk_free_bytes: disk?.free,
-          redis_up: redis && Number(redisOutage(redis) === undefined),
+          redis_up: redis && Number(redis() === undefined),
           jwks_stale: jwks?.() === undefined ? undefined : Number(jwks() === 'stale')
         },
         droppedLogLines: droppedLogLines(),

@@ -92,10 +92,14 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log, me
     // Jitter keeps requests that failed together from being retried together.
     const pause = 50 + Math.random() * 250
     if (!first.isTransient || !mayRetry() || performance.now() + pause >= deadline) return { answer: first }
-    log.warn({ code: first.code, cause: first.cause, identities: items.length }, 'retrying')
     retries++
-    metrics.retry()
     await sleep(pause)
+    if (health.heldSeconds() > 0) {
+      retries--
+      return { answer: first }
+    }
+    log.warn({ code: first.code, cause: first.cause, identities: items.length }, 'retrying')
+    metrics.retry()
     // The token may have changed.
     request = encode()
     const second = await attempt().finally(() => { retries-- })
@@ -104,8 +108,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log, me
   }
 
   const endpointOf = ([first]: OutgoingEvent[]) => first?.endpoint ?? config.MIXPANEL_ENDPOINT
-  const mayRetry = () => !breaker.isOpen() && health.heldSeconds() === 0 &&
-    retries < Math.max(RETRY_MINIMUM, sends.running() * RETRY_SHARE)
+  const mayRetry = () => !breaker.isOpen() && retries < Math.max(RETRY_MINIMUM, sends.running() * RETRY_SHARE)
 
   const bisect = createBisect<OutgoingEvent>({ send: sendInSlot, isTerse: items => endpointOf(items) === 'track' })
 
