@@ -72,8 +72,8 @@ export interface Snapshot {
   gauges: Partial<Record<GaugeName, number | undefined>>
   /** Log lines that were dropped since the start. */
   droppedLogLines: number
-  /** The age of each secret that is read from a file, in seconds. */
-  secretAges: Map<string, number>
+  /** Each secret that is read from a file: the seconds since its value was read, and whether the file is broken now. */
+  secrets: { variable: string, age: number, isBroken: boolean }[]
 }
 
 const SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
@@ -108,10 +108,15 @@ export async function openMetrics (version: string) {
   const reloads = counter('secret_reloads_total', 'Changes of files of secrets.', ['variable', 'result'])
   const droppedLines = counter('log_lines_dropped_total', 'Log lines that nothing has read in time.')
   const ages = gauge('secret_age_seconds', 'The time since a secret was read from its file.', ['variable'])
+  const broken = gauge('secret_file_unusable', '1 while the file of a secret cannot be used.', ['variable'])
+  // A rate needs a first value: without these the first of each kind would be invisible.
   for (const to of ['open', 'closed']) transitions.inc({ to }, 0)
+  for (const rule of ['MAX_ANON_PER_USER', 'MAX_USERS_PER_ANON']) {
+    for (const action of ['refused', 'warned']) guard.inc({ rule, action }, 0)
+  }
   const gauges = new Map<GaugeName, Gauge>()
 
-  function use ({ gauges: values, droppedLogLines, secretAges }: Snapshot): void {
+  function use ({ gauges: values, droppedLogLines, secrets }: Snapshot): void {
     for (const [name, value] of Object.entries(values) as [GaugeName, number | undefined][]) {
       if (value === undefined) continue
       const known = gauges.get(name) ?? gauge(name, GAUGES[name])
@@ -120,7 +125,10 @@ export async function openMetrics (version: string) {
     }
     droppedLines.reset()
     droppedLines.inc(droppedLogLines)
-    for (const [variable, seconds] of secretAges) ages.set({ variable }, seconds)
+    for (const { variable, age, isBroken } of secrets) {
+      ages.set({ variable }, age)
+      broken.set({ variable }, Number(isBroken))
+    }
   }
 
   const metrics: Metrics = {

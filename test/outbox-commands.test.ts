@@ -77,6 +77,16 @@ t.test('drop --user erases one user, queued or dead', async t => {
   t.match(relay.logged().filter(({ msg }) => /by an operator/.test(String(msg))).map(({ level }) => level), [40, 30])
 })
 
+t.test('in a project with Simplified ID Merge the commands name and erase users as well', async t => {
+  const relay = await startRelayWithOutbox(t, { env: { MIXPANEL_ID_MERGE: 'simplified' }, sandbox: { mode: 'simplified' } })
+  await lines(relay, 'pause')
+  const post = (user: string, anon: string) => relay.post({ identified_id: user, anon_id: anon }, { headers: { prefer: 'respond-async' } })
+  for (const user of ['erased', 'kept', 'erased']) t.equal((await post(user, `$device:of-${user}`)).statusCode, 202)
+  t.match((await lines(relay, 'list')).map(line => JSON.parse(line)), [{ identified_id: 'erased', anon_id: 'of-erased' }, { identified_id: 'kept' }, {}])
+  t.same(await lines(relay, 'drop', '--user', 'erased'), ['2 queued and 0 dead letters dropped.'])
+  t.same((await lines(relay, 'list')).map(line => JSON.parse(line).identified_id), ['kept'])
+})
+
 t.test('pause stops delivery, over restarts, and identities are queued until resume', async t => {
   const sandbox = await startSandbox(t)
   const env = { OUTBOX: `file:${temporary(t)}/outbox` }

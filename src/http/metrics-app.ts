@@ -29,7 +29,7 @@ export function buildMetricsApp ({ metrics, status }: Options): FastifyInstance 
     bodyLimit: 1
   })
   app.server.maxConnections = MAX_CONNECTIONS
-  // A rate needs a first value: without these the first failure of each kind would be invisible.
+  // As in metrics.ts: a rate needs a first value.
   for (const outcome of ['accepted', 'queued'] as const) metrics.identities(outcome, outcome, 0)
   for (const code of Object.keys(PROBLEMS)) metrics.identities('failed', code, 0)
   const render = shared(async () => metrics.render(await status.snapshot()))

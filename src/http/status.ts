@@ -173,7 +173,8 @@ export function createStatus (sources: StatusSources) {
           jwks_stale: jwks?.() === undefined ? undefined : Number(jwks() === 'stale')
         },
         droppedLogLines: droppedLogLines(),
-        secretAges: new Map(secrets().map(({ variable, readAt }) => [variable, secondsSince(readAt)]))
+        secrets: secrets().map(({ variable, readAt, problem }) =>
+          ({ variable, age: secondsSince(readAt), isBroken: problem !== undefined }))
       }
     }
   }
