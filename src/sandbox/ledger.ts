@@ -1,9 +1,9 @@
+import { createClusters, type ClusterOptions, type Merge, type MergeOutcome } from './clusters.ts'
+
 /** The outcome of an event at Mixpanel, by Mixpanel's own name if it has one. Never part of an HTTP answer. */
 export type LedgerOutcome =
   | 'stored' | 'ignored' | 'unknown_token' | 'wrong_region' | 'identify_incomplete'
-  | 'ignored_simplified' | 'not_applicable'
-  | 'merged' | 'repeat'
-  | 'errSameIDs' | 'errAnonDistinctIdNonGUIDForm' | 'errAnonDistinctIdAssignedAlready' | 'errManyIDs'
+  | 'ignored_simplified' | 'not_applicable' | MergeOutcome
 
 export type Mode = 'original' | 'simplified' | 'legacy'
 export const isMode = (text: string): text is Mode => ['original', 'simplified', 'legacy'].includes(text)
@@ -21,7 +21,14 @@ export interface Row {
   arrived: number
 }
 
-export interface LedgerOptions { mode?: Mode, anonFormat?: 'strict' | 'lenient', clusterMax?: number }
+/** Beyond `maxBytes` of JSON the oldest rows are dropped. */
+export interface LedgerOptions extends ClusterOptions {
+  mode?: Mode
+  anonFormat?: 'strict' | 'lenient'
+  maxBytes?: number
+}
+
+type Outcome = Pick<Row, 'outcome' | 'failure_description'>
 
 const ANON_FORMATS = {
   // The pattern of the official PHP library: until 2025, JavaScript ids had five groups but were no UUIDs.
@@ -30,91 +37,102 @@ const ANON_FORMATS = {
 }
 
 /**
- * The identity rules: the first user of an anonymous id wins, merges are final, refusals are silent. With Original ID
- * Merge only `$identify` merges, with Simplified ID Merge only other events do. `add` takes events that an endpoint
- * accepted. The cluster limit is assumed: a live probe stopped at 501 members, not the documented 500.
+ * The identity rules: refusals are silent. With Original ID Merge only `$identify` merges, with Simplified ID Merge
+ * only other events do. `add` takes events that an endpoint accepted.
  */
-export function createLedger ({ mode = 'original', anonFormat = 'lenient', clusterMax = 501 }: LedgerOptions = {}) {
+export function createLedger (options: LedgerOptions = {}) {
+  const { mode = 'original', anonFormat = 'lenient', maxBytes = Infinity } = options
+  const clusters = createClusters(options)
   let rows: Row[] = []
-  const owner = new Map<string, string>() // anon_id → identified_id
-  const parent = new Map<string, string>()
-  const size = new Map<string, number>()
+  let sizes: number[] = []
+  let bytes = 0
+  let dropped = 0
 
-  function root (id: string): string {
-    let top = id
-    for (let next = parent.get(top); next !== undefined; next = parent.get(top)) top = next
-    return top
-  }
-
-  function identify (properties: Record<string, unknown>): Pick<Row, 'outcome' | 'failure_description'> {
-    const identified = properties.$identified_id
+  function identify (properties: Record<string, unknown>): Outcome {
+    const user = properties.$identified_id
     const anon = properties.$anon_id ?? properties.$anon_distinct_id
     if (mode === 'simplified') return { outcome: 'ignored_simplified' }
     if (mode === 'legacy') return { outcome: 'not_applicable' }
     // Assumption: Mixpanel's real answer to an incomplete $identify is unknown.
-    if (typeof identified !== 'string' || typeof anon !== 'string') return { outcome: 'identify_incomplete' }
-    if (anon === identified) {
-      return failure('errSameIDs', `Identified and anon ID are same in the identify request ${anon}`)
+    if (typeof user !== 'string' || typeof anon !== 'string') return { outcome: 'identify_incomplete' }
+    if (anon === user) {
+      const description = `Identified and anon ID are same in the identify request ${anon}`
+      return clusters.refuse({ anon, user }, 'errSameIDs', description)
     }
     if (!ANON_FORMATS[anonFormat].test(anon)) {
-      return failure('errAnonDistinctIdNonGUIDForm', `$anon_distinct_id didn't match expected GUID pattern: ${anon}`)
+      const description = `$anon_distinct_id didn't match expected GUID pattern: ${anon}`
+      return clusters.refuse({ anon, user }, 'errAnonDistinctIdNonGUIDForm', description)
     }
-    return merge(anon, identified)
+    return clusters.merge(anon, user)
   }
 
   /** Mixpanel strips one prefix. An event without both ids merges nothing. */
-  function associate (properties: Record<string, unknown>): Pick<Row, 'outcome' | 'failure_description'> {
-    const { $user_id: user, $device_id: device } = properties
-    const isPair = typeof user === 'string' && user !== '' && typeof device === 'string' && device !== ''
-    return mode === 'simplified' && isPair ? merge(device.replace(/^\$device:/, ''), user) : { outcome: 'stored' }
+  function associate (properties: Record<string, unknown>): Merge | { outcome: 'stored' } {
+    return mode === 'simplified' && hasBothIds(properties)
+      ? clusters.merge(properties.$device_id.replace(/^\$device:/, ''), properties.$user_id)
+      : { outcome: 'stored' }
   }
 
-  function merge (anon: string, identified: string): Pick<Row, 'outcome' | 'failure_description'> {
-    const current = owner.get(anon)
-    if (current === identified) return { outcome: 'repeat' }
-    if (current !== undefined) {
-      return failure('errAnonDistinctIdAssignedAlready', `$anon_distinct_id already identified: ${anon}`)
+  /** Drops a quarter of the bytes at once, because each removal moves all other rows. */
+  function dropOldest (): void {
+    let count = 0
+    for (const size of sizes) {
+      if (bytes <= maxBytes * 0.75) break
+      bytes -= size
+      count++
     }
-    const [one, other] = [root(anon), root(identified)]
-    const members = one === other ? 0 : (size.get(one) ?? 1) + (size.get(other) ?? 1)
-    if (members > clusterMax) {
-      return failure('errManyIDs', `too many distinctIDs mapped together, Cluster size: ${members} Max limit: 500`)
-    }
-    owner.set(anon, identified)
-    if (one !== other) {
-      parent.set(one, other)
-      size.set(other, members)
-    }
-    return { outcome: 'merged' }
+    rows.splice(0, count)
+    sizes.splice(0, count)
+    dropped += count
   }
 
   return {
     add (endpoint: Row['endpoint'], { event, properties = {} }: MixpanelEvent, outcome?: LedgerOutcome): void {
       const { token, ...visible } = properties
-      const stored = Object.fromEntries(Object.entries(visible)
-        .map(([name, value]) => [name, typeof value === 'string' ? value.slice(0, 255) : value]))
+      const stored = Object.fromEntries(Object.entries(visible).map(([name, value]) => [name, cut(value)]))
       const found = outcome !== undefined
         ? { outcome }
-        : event === '$identify' ? identify(visible) : associate(visible)
+        : event === '$identify' ? identify(stored) : associate(stored)
       rows.push({ endpoint, event, properties: stored, ...found, arrived: Date.now() })
+      if (maxBytes === Infinity) return
+      const size = JSON.stringify([event, stored]).length
+      sizes.push(size)
+      bytes += size
+      if (bytes > maxBytes) dropOldest()
     },
-    /** Returns every row, in order of arrival. */
+    /** Returns every row that is kept, in order of arrival. `clear` replaces the array. */
     rows: (): readonly Row[] => rows,
+    /** Returns the number of rows that were dropped since the start or the last `clear`. */
+    dropped: (): number => dropped,
     /** Returns the rows as queries see them: the first of those with equal event, distinct_id, time and $insert_id. */
     deduplicated (): Row[] {
       const seen = new Set<string>()
-      return rows.filter(({ event, properties: { distinct_id: id, time, $insert_id: insertId } }) => {
-        const key = JSON.stringify([event, id, time, insertId])
+      return rows.filter(row => {
+        const key = keyOf(row)
         return !seen.has(key) && seen.add(key)
       })
     },
+    clusters: clusters.recent,
     clear (): void {
-      rows = []
-      for (const map of [owner, parent, size]) map.clear()
+      [rows, sizes, bytes, dropped] = [[], [], 0, 0]
+      clusters.clear()
     }
   }
 }
 
-function failure (outcome: LedgerOutcome, description: string) {
-  return { outcome, failure_description: description }
+/** Returns what is equal for two rows that queries count once. */
+export const keyOf = ({ event, properties: { distinct_id: id, time, $insert_id: insertId } }: Row): string =>
+  JSON.stringify([event, id, time, insertId])
+
+interface BothIds { $user_id: string, $device_id: string }
+
+/** Returns true for properties with both ids of Simplified ID Merge. */
+export function hasBothIds (properties: Record<string, unknown>): properties is Record<string, unknown> & BothIds {
+  return [properties.$user_id, properties.$device_id].every(id => typeof id === 'string' && id !== '')
+}
+
+/** A slice would keep the whole text in memory, so the result is a copy. */
+function cut (value: unknown): unknown {
+  if (typeof value !== 'string' || value.length <= 255) return value
+  return Buffer.from(value.slice(0, 255), 'utf16le').toString('utf16le')
 }
