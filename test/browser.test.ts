@@ -1,19 +1,11 @@
 import { once } from 'node:events'
-import { existsSync } from 'node:fs'
 import { createServer } from 'node:http'
 import type { AddressInfo } from 'node:net'
-import { delimiter, join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { chromium, type Browser, type Page } from 'playwright-core'
 import { t, type Test } from 'tap'
-import { freePort, identity, startSandbox, type Env } from './helper.ts'
+import { chromiumPath, freePort, identity, needsChromium, startSandbox, type Env } from './helper.ts'
 import { startProcess, startServer } from './processes.ts'
-
-const executablePath = ['chromium', 'chromium-browser', 'google-chrome-stable', 'google-chrome']
-  .flatMap(name => (process.env.PATH ?? '').split(delimiter).map(path => join(path, name))).find(path => existsSync(path))
-
-/** The options of a test that needs Chromium: without it the test is skipped, with the reason. */
-const needsChromium = { skip: executablePath === undefined ? 'chromium is not installed' : false }
 
 const SECRET = 'CANARY-SECRET of at least 32 bytes'
 const WAIT_MS = 60_000
@@ -23,7 +15,7 @@ const outside: string[] = []
 let browser: Browser
 
 t.before(async () => {
-  if (executablePath === undefined) return
+  if (chromiumPath === undefined) return
   // All but loopback goes to this proxy, which refuses it. With a route of Playwright instead, Playwright would answer
   // every preflight itself, and would not see requests of a page that unloads.
   const proxy = createServer(({ url = '' }, response) => {
@@ -37,7 +29,7 @@ t.before(async () => {
   await once(proxy.listen(0, '127.0.0.1'), 'listening')
   t.teardown(() => { proxy.close().closeAllConnections() })
   const { port } = proxy.address() as AddressInfo
-  browser = await chromium.launch({ executablePath, timeout: WAIT_MS, args: ['--no-sandbox', `--proxy-server=http://127.0.0.1:${port}`] })
+  browser = await chromium.launch({ executablePath: chromiumPath, timeout: WAIT_MS, args: ['--no-sandbox', `--proxy-server=http://127.0.0.1:${port}`] })
   t.teardown(() => browser.close())
 })
 

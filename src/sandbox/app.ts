@@ -2,10 +2,14 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { Readable } from 'node:stream'
 import { createGzip, gunzipSync } from 'node:zlib'
 import Fastify, { type FastifyError, type FastifyReply, type FastifyRequest } from 'fastify'
+import { readImport, readTrack } from './bodies.ts'
 import { createEndpoints, TOO_LARGE, type Answer, type EndpointOptions, type Params } from './endpoints.ts'
-import { createFaultScript, FAULTS, isFault, type Fault } from './faults.ts'
+import { viewOf } from './event-view.ts'
+import { createFaultScript, FAULTS, isProcessed } from './faults.ts'
 import { exportLines } from './export.ts'
 import { createLedger, type LedgerOptions } from './ledger.ts'
+import { serveOwnRoutes } from './own-routes.ts'
+import { createRefusals, type Refusal } from './refusals.ts'
 
 /** A request to one of Mixpanel's paths, recorded for tests. */
 export interface Received { method: string, url: string, headers: FastifyRequest['headers'], body: string }
@@ -13,36 +17,50 @@ export interface Received { method: string, url: string, headers: FastifyRequest
 /** The service account of the sandbox alone and of the demo, in the project 1. */
 export const SANDBOX_ACCOUNT = 'sandbox-account:sandbox-secret'
 
+/** The bounds on memory of a sandbox that runs for long: some 50 MB. */
+export const SANDBOX_BOUNDS = { maxBytes: 16 * 1024 * 1024, maxIds: 50_000 }
+
 export type Sandbox = ReturnType<typeof createSandbox>
+
+/** A larger body is not parsed for the page if a fault ends its request. */
+const MAX_SHOWN_BODY = 64 * 1024
 
 /**
  * An imitation of Mixpanel, not yet listening; the caller closes `app`. endpoints.ts and ledger.ts have the known
- * behaviour of `/track` and `/import`. The ledger and the fault script are also served on `/__sandbox`.
+ * behaviour of `/track` and `/import`. The ledger and the fault script are also served on `/__sandbox`, and on `/` as a
+ * page. With `maxBytes` it does not record requests.
  */
 export function createSandbox (options: EndpointOptions & LedgerOptions & { exportLagMs?: number } = {}) {
   const ledger = createLedger(options)
-  const endpoints = createEndpoints(options, ledger)
+  const refusals = createRefusals()
+  const endpoints = createEndpoints(options, ledger, refusals)
   const faults = createFaultScript()
   const requests: Received[] = []
   const app = Fastify({
     bodyLimit: 10 * 1024 * 1024, forceCloseConnections: true, routerOptions: { ignoreTrailingSlash: true }
   })
 
-  /** Answers with the next fault, or as Mixpanel would. */
-  async function answer (request: FastifyRequest, reply: FastifyReply, respond: () => Answer) {
-    const { method, url, headers, body } = request
-    requests.push({ method, url, headers, body: String(body ?? '') })
+  /** Answers with the next fault, or as Mixpanel would. `read` returns the events of the body. */
+  async function answer (
+    endpoint: Refusal['endpoint'], request: FastifyRequest, reply: FastifyReply, respond: () => Answer, read: Read
+  ) {
+    if (options.maxBytes === undefined) requests.push(recordOf(request))
+    changed()
     const fault = faults.next()
-    if (fault?.retry_after !== undefined) reply.header('retry-after', fault.retry_after)
-    if (fault !== undefined && fault.name in FAULTS) {
+    if (fault === undefined) return send(reply, respond())
+    const reason = `${fault.name}: ${isProcessed(fault) ? 'processed all the same' : 'not processed'}`
+    refusals.add({ endpoint, kind: 'fault', reason, events: eventsOf(request, read) })
+    if (fault.retry_after !== undefined) reply.header('retry-after', fault.retry_after)
+    if (fault.name in FAULTS) {
       FAULTS[fault.name as keyof typeof FAULTS](reply)
       return reply
     }
-    if (fault?.name === 'wait' || fault?.name === 'slow_zero') await sleep(fault.ms)
-    if (fault?.name === 'slow_zero') return send(reply, { status: 200, body: '0' })
-    if (fault?.name === 'reset_after') request.raw.socket.resetAndDestroy()
-    if (fault?.name === 'cut') setTimeout(() => request.raw.socket.destroy(), fault.ms)
-    if (fault?.name === 'close_idle') reply.raw.on('finish', () => setTimeout(() => request.raw.socket.destroy(), 20))
+    if (fault.name === 'wait' || fault.name === 'slow_zero') await sleep(fault.ms)
+    if (fault.name === 'slow_zero') return send(reply, { status: 200, body: '0' })
+    if (fault.name === 'reset_after') request.raw.socket.resetAndDestroy()
+    if (fault.name === 'cut') setTimeout(() => request.raw.socket.destroy(), fault.ms)
+    if (fault.name === 'close_idle') reply.raw.on('finish', () => setTimeout(() => request.raw.socket.destroy(), 20))
+    changed()
     return send(reply, respond())
   }
 
@@ -63,22 +81,18 @@ export function createSandbox (options: EndpointOptions & LedgerOptions & { expo
     }
   })
 
-  app.get('/', async () => ({ error: 'Welcome. Get started with our API by visiting https://developer.mixpanel.com/' }))
   app.route({
     method: ['GET', 'POST'],
     url: '/track',
-    handler: (request, reply) => answer(request, reply, () => {
-      const body = String(request.body ?? '')
-      const query = request.query as Params
-      if (request.headers['content-type']?.startsWith('application/json')) return endpoints.track(query, parse(body))
-      const params: Params = { ...query, ...Object.fromEntries(new URLSearchParams(body)) }
-      return endpoints.track(params, params.data ? parseData(params.data) : undefined)
-    })
+    handler: (request, reply) => answer('track', request, reply, () => {
+      const { params, data } = readTrack(request)
+      return endpoints.track(params, data)
+    }, request => readTrack(request).data)
   })
-  app.post('/import', (request, reply) => answer(request, reply, () => {
-    return endpoints.import(request.query as Params, basicOf(request), parseLines(String(request.body)))
-  }))
-  app.get('/api/2.0/export', (request, reply) => answer(request, reply, () => {
+  app.post('/import', (request, reply) => answer('import', request, reply, () => {
+    return endpoints.import(request.query as Params, basicOf(request), readImport(request))
+  }, readImport))
+  app.get('/api/2.0/export', (request, reply) => answer('export', request, reply, () => {
     const query = request.query as Params
     const refusal = endpoints.refuseExport(query, basicOf(request))
     if (refusal !== undefined) return refusal
@@ -86,32 +100,28 @@ export function createSandbox (options: EndpointOptions & LedgerOptions & { expo
     const isGzip = request.headers['accept-encoding']?.includes('gzip') === true
     if (isGzip) reply.header('content-encoding', 'gzip')
     return { status: 200, type: 'application/octet-stream', body: isGzip ? lines.pipe(createGzip()) : lines }
-  }))
+  }, () => []))
   for (const url of ['/track', '/import']) {
     app.options(url, async (request, reply) => reply.code(204).header('access-control-allow-origin', '*').send())
   }
   app.setNotFoundHandler(async ({ url }, reply) =>
     reply.code(/^\/(track|import)\b/.test(url) ? 405 : 404).send({ error: 'unknown path or method', status: 0 }))
 
-  app.get('/__sandbox/livez', async () => ({ status: 'alive' }))
-  app.get('/__sandbox/events', async () => ({ events: ledger.rows(), deduplicated: ledger.deduplicated().length }))
-  app.post('/__sandbox/faults', async (request, reply) => {
-    const script = parse(String(request.body))
-    if (!Array.isArray(script)) return reply.code(400).send({ error: 'send a JSON array of faults', status: 0 })
-    const unknown = script.filter(fault => !isFault(fault))
-    if (unknown.length > 0) {
-      return reply.code(400).send({ error: `not a fault: ${JSON.stringify(unknown[0])}`, status: 0 })
-    }
-    faults.add(...script as Fault[])
-    return reply.code(204).send()
-  })
-  app.delete('/__sandbox', async (request, reply) => {
-    ledger.clear()
-    faults.clear()
-    return reply.code(204).send()
-  })
-
+  const changed = serveOwnRoutes(app, { mode: options.mode ?? 'original', ledger, refusals, faults })
   return { app, ledger, faults, requests }
+}
+
+type Body = Pick<FastifyRequest, 'query' | 'headers' | 'body'>
+type Read = (request: Body) => unknown
+
+function recordOf ({ method, url, headers, body }: FastifyRequest): Received {
+  return { method, url, headers, body: String(body ?? '') }
+}
+
+/** Returns a function that parses the events of a request. It holds the body, but not the request. */
+function eventsOf ({ query, headers, body }: FastifyRequest, read: Read): Refusal['events'] {
+  if (String(body ?? '').length > MAX_SHOWN_BODY) return () => []
+  return () => [read({ query, headers, body })].flat().map(event => viewOf(event as object))
 }
 
 function send (reply: FastifyReply, { status, body, type, location }: Answer): FastifyReply {
@@ -123,21 +133,3 @@ function send (reply: FastifyReply, { status, body, type, location }: Answer): F
 /** Returns the credentials of Basic auth, as `user:secret`. */
 const basicOf = ({ headers }: FastifyRequest) =>
   Buffer.from(headers.authorization?.replace(/^Basic /, '') ?? '', 'base64').toString()
-
-/** Parses plain JSON, or base64 in which a form parser may have turned `+` into a space; null if it is neither. */
-function parseData (data: string): unknown {
-  return parse(/^\s*[[{]/.test(data) ? data : Buffer.from(data.replaceAll(' ', '+'), 'base64').toString())
-}
-
-/** Parses the body of `/import`: an array, or one event per line. */
-function parseLines (body: string): unknown {
-  return /^\s*\[/.test(body) ? parse(body) : body.trim().split('\n').map(parse)
-}
-
-function parse (text: string): unknown {
-  try {
-    return JSON.parse(text)
-  } catch {
-    return null
-  }
-}

@@ -6,7 +6,7 @@ import { createMixpanel } from '../mixpanel/client.ts'
 import { openapi } from '../http/openapi.ts'
 import { createRelay } from '../relay/relay.ts'
 import { verifyCommand } from '../commands/verify.ts'
-import { createSandbox, SANDBOX_ACCOUNT } from './app.ts'
+import { createSandbox, SANDBOX_ACCOUNT, SANDBOX_BOUNDS } from './app.ts'
 
 // Runs the relay in front of a sandbox, in one process: sends some identities, prints the answers and what merged, and
 // serves. The argument is the mode of the project.
@@ -15,7 +15,7 @@ if (mode !== 'original' && mode !== 'simplified') {
   console.error('Use npm run demo, or npm run demo -- simplified')
   process.exit(1)
 }
-const sandbox = createSandbox({ mode, serviceAccounts: [SANDBOX_ACCOUNT] })
+const sandbox = createSandbox({ mode, serviceAccounts: [SANDBOX_ACCOUNT], ...SANDBOX_BOUNDS })
 const sandboxUrl = await sandbox.app.listen({ host: '127.0.0.1', port: 0 })
 const { PORT: port = '8080', CORS_ORIGINS: origins = '' } = process.env
 const config = readConfig({
@@ -83,6 +83,8 @@ for await (const lines of verifyCommand(config, ['--from', today, '--to', today,
   process.stdout.write(lines)
 }
 console.log(`
+Watch the events and the clusters of ids in a browser: ${sandboxUrl}/
+
 Send your own identity:
 
   curl -i ${url}/identify -H 'content-type: application/json' \\

@@ -1,5 +1,7 @@
+import { viewOf } from './event-view.ts'
 import type { createLedger, MixpanelEvent, Mode } from './ledger.ts'
 import { failedRecords } from './records.ts'
+import type { Refusals } from './refusals.ts'
 
 export interface EndpointOptions {
   mode?: Mode
@@ -22,14 +24,21 @@ export type Params = Record<string, string | undefined>
 export interface Answer { status: number, body: object | string, type?: string, location?: string }
 
 const MAX_RECORDS = 2000
+const TOO_MANY = `more than ${MAX_RECORDS} events`
+const MISSING = 'data, missing or empty'
 const FIVE_DAYS = 5 * 24 * 3600
 const SIMPLIFIED = 'identity events are not allowed when project is using simplified identity management'
 const PIXEL = Buffer.from('R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7', 'base64')
 
 export const TOO_LARGE = failure(413, 'request exceeds max limit of 2097152 bytes', 'Request Entity Too Large')
 
-/** `/track` and `/import` as far as they are known. Each returns its answer and adds accepted events to the ledger. */
-export function createEndpoints (options: EndpointOptions, ledger: ReturnType<typeof createLedger>) {
+/**
+ * `/track` and `/import` as far as they are known. Each returns its answer and adds accepted events to the ledger, all
+ * others to the refusals.
+ */
+export function createEndpoints (
+  options: EndpointOptions, ledger: ReturnType<typeof createLedger>, refusals: Refusals
+) {
   const { token = 'sandbox-token', projectId = '1', serviceAccounts = [], foreignTokens = [] } = options
   const clock = options.clock ?? (() => Math.floor(Date.now() / 1000))
 
@@ -43,30 +52,50 @@ export function createEndpoints (options: EndpointOptions, ledger: ReturnType<ty
     ledger.add(endpoint, { ...event, properties: { ...properties, distinct_id: id } })
   }
 
+  function refuse (endpoint: 'track' | 'import', reason: string, event?: MixpanelEvent): void {
+    const views = event === undefined ? [] : [viewOf(event)]
+    refusals.add({ endpoint, kind: 'refused', reason, events: () => views })
+  }
+
   /** Stores the valid events and lists the failed ones, as `strict=1` does. */
   function storeValid (
     endpoint: 'track' | 'import', events: MixpanelEvent[], tokenOf: (event: MixpanelEvent) => unknown
   ): Answer {
     const failed = failedRecords(events, clock())
-    const failedIndexes = new Set(failed.map(({ index }) => index))
-    events.forEach((event, index) => failedIndexes.has(index) || store(endpoint, event, tokenOf(event)))
+    const messages = new Map(failed.map(({ index, message }) => [index, message]))
+    events.forEach((event, index) => {
+      const message = messages.get(index)
+      if (message === undefined) store(endpoint, event, tokenOf(event))
+      else refuse(endpoint, message, event)
+    })
     const imported = events.length - failed.length
     return failed.length > 0
       ? refusal(failed, imported)
       : { status: 200, body: { code: 200, num_records_imported: imported, status: 'OK' } }
   }
 
+  /** Answers a request of which no event is stored. */
+  function refuseAll (endpoint: 'track' | 'import', reason: string, answer: Answer): Answer {
+    refuse(endpoint, reason)
+    return answer
+  }
+
   return {
     /** `data` is the parsed body or form field: null if it is not JSON, undefined if it is missing. */
     track (params: Params, data: unknown): Answer {
       const events = (Array.isArray(data) ? data : [data]) as MixpanelEvent[]
-      if (data === undefined || events.length === 0) return plain(params, 'data, missing or empty')
-      if (events.some(event => typeof event !== 'object' || event === null)) return plain(params, 'data, invalid')
-      if (events.length > MAX_RECORDS) return TOO_LARGE
+      const refuseData = (reason: string) => refuseAll('track', reason, plain(params, reason))
+      if (data === undefined || events.length === 0) return refuseData(MISSING)
+      if (events.some(event => typeof event !== 'object' || event === null)) return refuseData('data, invalid')
+      if (events.length > MAX_RECORDS) return refuseAll('track', TOO_MANY, TOO_LARGE)
       // Assumption: no answer of `/track` to strict=1 has been recorded; the answer of `/import` is used.
       if (params.strict === '1') return storeValid('track', events, event => event.properties?.token)
       const reasons = events.map(event => trackFault(event, clock()))
-      events.forEach((event, index) => reasons[index] === undefined && store('track', event, event.properties?.token))
+      events.forEach((event, index) => {
+        const reason = reasons[index]
+        if (reason === undefined) store('track', event, event.properties?.token)
+        else refuse('track', reason, event)
+      })
       const errors = reasons.filter(reason => reason !== undefined)
       return plain(params, options.arrayAnswer === 'any' && errors.length < events.length ? undefined : errors[0])
     },
@@ -85,16 +114,24 @@ export function createEndpoints (options: EndpointOptions, ledger: ReturnType<ty
     /** `credentials` are those of Basic auth, as `user:secret`; `events` is the parsed body. */
     import (params: Params, credentials: string, events: unknown): Answer {
       const isAccount = serviceAccounts.includes(credentials) && params.project_id === projectId
-      if (!isAccount && credentials !== `${token}:`) return failure(401, 'Invalid credentials', 'Unauthorized')
-      if (!Array.isArray(events)) return failure(400, 'request body is not a list', 'Bad Request')
-      if (events.length > MAX_RECORDS) return TOO_LARGE
+      if (!isAccount && credentials !== `${token}:`) {
+        return refuseAll('import', 'Invalid credentials', failure(401, 'Invalid credentials', 'Unauthorized'))
+      }
+      if (!Array.isArray(events)) {
+        const reason = 'request body is not a list'
+        return refuseAll('import', reason, failure(400, reason, 'Bad Request'))
+      }
+      if (events.length > MAX_RECORDS) return refuseAll('import', TOO_MANY, TOO_LARGE)
       if (params.strict === '0') {
         const isEmpty = events.every(event => Object.keys(Object(event)).length === 0)
-        if (!isEmpty) events.forEach(event => store('import', event, token))
-        return plain(params, isEmpty ? 'data, missing or empty' : undefined)
+        if (isEmpty) return refuseAll('import', MISSING, plain(params, MISSING))
+        events.forEach(event => store('import', event, token))
+        return plain(params)
       }
       const isVerb = ({ event }: MixpanelEvent) => ['$identify', '$create_alias', '$merge'].includes(String(event))
-      if (options.mode === 'simplified' && events.some(isVerb)) return refusal([SIMPLIFIED], 0)
+      if (options.mode === 'simplified' && events.some(isVerb)) {
+        return refuseAll('import', SIMPLIFIED, refusal([SIMPLIFIED], 0))
+      }
       return storeValid('import', events, () => token)
     }
   }
@@ -103,7 +140,7 @@ export function createEndpoints (options: EndpointOptions, ledger: ReturnType<ty
 /** Returns why `/track` refuses a record, or undefined. Texts that have not been recorded are assumptions. */
 function trackFault ({ event, properties }: MixpanelEvent, now: number): string | undefined {
   const { token, time, distinct_id: id } = Object(properties) as Record<string, unknown>
-  if (event === undefined && properties === undefined) return 'data, missing or empty'
+  if (event === undefined && properties === undefined) return MISSING
   if (event === undefined || event === '') return 'event, missing'
   if (token === undefined || token === '') return 'token, missing or empty'
   if (event === '$identify' && id === '') return 'distinct_id, missing or empty'

@@ -14,6 +14,12 @@ function addedProperties ({ outcome, failure_description: description, propertie
 /** Events that never reach the project, or that it drops. */
 const LOST: LedgerOutcome[] = ['unknown_token', 'wrong_region', 'ignored']
 
+/** Returns the event of a row as an export has it; undefined if the project does not have it. */
+export function exported (row: Row): { event: unknown, properties: Record<string, unknown> } | undefined {
+  const { event, properties, outcome } = row
+  return LOST.includes(outcome) ? undefined : { event, properties: { ...properties, ...addedProperties(row) } }
+}
+
 interface Query { from_date?: string, to_date?: string, event?: string }
 
 /**
@@ -24,11 +30,11 @@ export function * exportLines (rows: readonly Row[], query: Query, lagMs: number
   const names = query.event === undefined ? undefined : JSON.parse(query.event) as unknown[]
   const until = Date.now() - lagMs
   for (const row of rows) {
-    const { event, properties, outcome, arrived } = row
+    const { event, properties, arrived } = row
     const day = new Date(Number(properties.time) * 1000).toISOString().slice(0, 10)
     const isAsked = names === undefined || names.includes(event)
     const isInRange = day >= String(query.from_date) && day <= String(query.to_date)
-    if (!isAsked || !isInRange || LOST.includes(outcome) || arrived > until) continue
-    yield `${JSON.stringify({ event, properties: { ...properties, ...addedProperties(row) } })}\n`
+    const line = exported(row)
+    if (isAsked && isInRange && line !== undefined && arrived <= until) yield `${JSON.stringify(line)}\n`
   }
 }

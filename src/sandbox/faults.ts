@@ -77,12 +77,17 @@ export function isFault (value: unknown): value is Fault {
   return typeof name === 'string' && (Object.hasOwn(FAULTS, name) || (LATE_FAULTS as readonly string[]).includes(name))
 }
 
+/** Returns true if a fault only concerns the answer: Mixpanel has the events. */
+export const isProcessed = ({ name }: Fault): boolean => !(name in FAULTS) && name !== 'slow_zero'
+
 /** A queue of faults, one for each request. Without a fault the request succeeds. */
 export function createFaultScript () {
   let script: Fault[] = []
   return {
     add: (...faults: Fault[]) => { script.push(...faults.map(fault => ({ ...fault }))) },
     clear: () => { script = [] },
+    /** Returns the faults that wait, each with the number of its requests. */
+    pending: () => script.map(({ name, times = 1 }) => ({ name, times })),
     next (): Fault | undefined {
       const [fault] = script
       if (fault === undefined) return undefined

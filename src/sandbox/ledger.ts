@@ -89,7 +89,8 @@ export function createLedger (options: LedgerOptions = {}) {
   return {
     add (endpoint: Row['endpoint'], { event, properties = {} }: MixpanelEvent, outcome?: LedgerOutcome): void {
       const { token, ...visible } = properties
-      const stored = Object.fromEntries(Object.entries(visible).map(([name, value]) => [name, cut(value)]))
+      const stored = Object.fromEntries(Object.entries(visible)
+        .map(([name, value]) => [name, typeof value === 'string' ? cut(value) : value]))
       const found = outcome !== undefined
         ? { outcome }
         : event === '$identify' ? identify(stored) : associate(stored)
@@ -131,8 +132,6 @@ export function hasBothIds (properties: Record<string, unknown>): properties is 
   return [properties.$user_id, properties.$device_id].every(id => typeof id === 'string' && id !== '')
 }
 
-/** A slice would keep the whole text in memory, so the result is a copy. */
-function cut (value: unknown): unknown {
-  if (typeof value !== 'string' || value.length <= 255) return value
-  return Buffer.from(value.slice(0, 255), 'utf16le').toString('utf16le')
-}
+/** Returns the first 255 characters. A slice would keep the whole text in memory, so they are a copy. */
+export const cut = (text: string): string =>
+  text.length <= 255 ? text : Buffer.from(text.slice(0, 255), 'utf16le').toString('utf16le')

@@ -1,13 +1,13 @@
-import type { MixpanelEvent } from './ledger.ts'
+import type { EventView } from './event-view.ts'
 
-/** A request or event that is not in the ledger, or a fault of one that is. */
+/** A request or an event that the ledger does not have, or the fault of one that it may have. */
 export interface Refusal {
   endpoint: 'track' | 'import' | 'export'
   kind: 'fault' | 'refused'
   /** The name of the fault, or Mixpanel's reason. */
   reason: string
-  /** Parses the events, which costs too much to be done for each request. */
-  events: () => MixpanelEvent[]
+  /** Returns the events. That may parse a body, so it is called only for a page. */
+  events: () => EventView[]
   /** When it arrived, in ms since the epoch. */
   arrived: number
 }
@@ -25,9 +25,10 @@ export function createRefusals () {
       total++
       if (last.length >= MAX_REFUSALS * 2) last = last.slice(-MAX_REFUSALS)
     },
+    /** Returns how many there were since the start or the last `clear`. */
     total: (): number => total,
-    /** Returns the refusals after the first `count`, as far as they are kept. */
-    after: (count: number): Refusal[] => last.slice(Math.max(count - total + last.length, 0)).slice(-MAX_REFUSALS),
+    /** Returns those after the first `count`, as far as they are kept. */
+    after: (count: number): Refusal[] => last.slice(Math.max(count - total + last.length, 0)),
     clear (): void {
       last = []
       total = 0

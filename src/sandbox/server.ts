@@ -1,4 +1,4 @@
-import { createSandbox, SANDBOX_ACCOUNT } from './app.ts'
+import { createSandbox, SANDBOX_ACCOUNT, SANDBOX_BOUNDS } from './app.ts'
 import { isMode } from './ledger.ts'
 
 // The compose file sets HOST to an address that other containers can reach; the default is loopback.
@@ -8,7 +8,9 @@ if (!isMode(SANDBOX_MODE)) {
   process.exit(1)
 }
 
-const { app } = createSandbox({ token: SANDBOX_TOKEN, mode: SANDBOX_MODE, serviceAccounts: [SANDBOX_ACCOUNT] })
+const { app } = createSandbox({
+  token: SANDBOX_TOKEN, mode: SANDBOX_MODE, serviceAccounts: [SANDBOX_ACCOUNT], ...SANDBOX_BOUNDS
+})
 for (const signal of ['SIGINT', 'SIGTERM']) process.once(signal, () => app.close())
 const url = await app.listen({ host: HOST, port: Number(PORT) })
-console.log(`The sandbox listens on ${url}; its events: ${url}/__sandbox/events`)
+console.log(`The sandbox listens on ${url}; open it in a browser. Its events as JSON: ${url}/__sandbox/events`)
