@@ -53,8 +53,8 @@ export function createClusters ({ clusterMax = 501, maxIds = Infinity }: Cluster
     cluster.changed = ++changes
     byChange.add(cluster)
     for (const oldest of byChange) {
-      if (held <= maxIds || oldest === cluster) return
-      forget(oldest)
+      if (held > maxIds && oldest !== cluster) forget(oldest)
+      else break
     }
   }
 

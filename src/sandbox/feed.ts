@@ -173,6 +173,6 @@ function refusalView ({ kind, reason, endpoint, arrived, events }: Refusal, id: 
 
 function clusterView ({ id, ids, pairs, refused }: Cluster): ClusterView {
   const shown = pairs.slice(-MAX_PAIRS)
-  const [user = ''] = shown.length === 0 ? ids : shown.map(pair => pair.user)
+  const user = String(shown.at(-1)?.user ?? [...ids][0])
   return { id, user, pairs: shown, more: pairs.length - shown.length, refused: [...refused.values()] }
 }
