@@ -1,42 +1,17 @@
-import { once } from 'node:events'
-import { createServer } from 'node:http'
-import type { AddressInfo } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
-import { chromium, type Browser, type Page } from 'playwright-core'
+import type { Browser, Page } from 'playwright-core'
 import { t, type Test } from 'tap'
-import { chromiumPath, freePort, identity, needsChromium, startSandbox, type Env } from './helper.ts'
+import { launchChromium, needsChromium, WAIT_MS } from './chromium.ts'
+import { freePort, identity, startSandbox, type Env } from './helper.ts'
 import { startProcess, startServer } from './processes.ts'
 
 const SECRET = 'CANARY-SECRET of at least 32 bytes'
-const WAIT_MS = 60_000
 
 /** The hosts other than loopback that pages have asked for. */
 const outside: string[] = []
 let browser: Browser
 
-t.before(async () => {
-  if (chromiumPath === undefined) return
-  // All but loopback goes to this proxy, which refuses it. With a route of Playwright instead, Playwright would answer
-  // every preflight itself, and would not see requests of a page that unloads.
-  const proxy = createServer(({ url = '' }, response) => {
-    record(new URL(url).hostname)
-    response.writeHead(403).end()
-  })
-  proxy.on('connect', ({ url = '' }, socket) => {
-    record(url.replace(/:\d+$/, ''))
-    socket.end('HTTP/1.1 403 Forbidden\r\n\r\n')
-  })
-  await once(proxy.listen(0, '127.0.0.1'), 'listening')
-  t.teardown(() => { proxy.close().closeAllConnections() })
-  const { port } = proxy.address() as AddressInfo
-  browser = await chromium.launch({ executablePath: chromiumPath, timeout: WAIT_MS, args: ['--no-sandbox', `--proxy-server=http://127.0.0.1:${port}`] })
-  t.teardown(() => browser.close())
-})
-
-/** Chromium itself asks for updates, and the like. */
-function record (host: string): void {
-  if (!/(?:^|\.)(?:google|googleapis|gstatic|gvt1)\.com$/.test(host)) outside.push(host)
-}
+t.before(async () => { browser = await launchChromium(t, outside) as Browser })
 
 /** The relay as a process in front of a sandbox, with examples/browser on an origin that it lists and on a foreign one. */
 async function start (t: Test, env: Env = {}) {

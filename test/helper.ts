@@ -1,10 +1,10 @@
 import { randomUUID } from 'node:crypto'
 import { spawn, spawnSync } from 'node:child_process'
 import { once } from 'node:events'
-import { existsSync, mkdtempSync, rmSync } from 'node:fs'
+import { mkdtempSync, rmSync } from 'node:fs'
 import { createServer, type AddressInfo } from 'node:net'
 import { tmpdir } from 'node:os'
-import { delimiter, join } from 'node:path'
+import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 import type { Test } from 'tap'
 import { buildApp } from '#src/http/app.js'
@@ -131,13 +131,6 @@ export function temporary (t: Test): string {
 
 /** The options of a test that needs Redis: without redis-server it is skipped, with the reason. */
 export const needsRedis = { skip: spawnSync('redis-server', ['--version']).status === 0 ? false : 'redis-server is not installed' }
-
-/** The Chromium of this machine. */
-export const chromiumPath = ['chromium', 'chromium-browser', 'google-chrome-stable', 'google-chrome']
-  .flatMap(name => (process.env.PATH ?? '').split(delimiter).map(path => join(path, name))).find(path => existsSync(path))
-
-/** The options of a test that needs Chromium: without it the test is skipped, with the reason. */
-export const needsChromium = { skip: chromiumPath === undefined ? 'chromium is not installed' : false }
 
 /** A Redis of the test's own. */
 export async function startRedis (t: Test, { port = 0, dir = t.testdir({}), fsync = 'always', more = [] as string[] } = {}) {

@@ -3,14 +3,17 @@ import { once } from 'node:events'
 import { request } from 'node:http'
 import { connect, type Socket } from 'node:net'
 import { setTimeout as sleep } from 'node:timers/promises'
+import type { Browser, Page } from 'playwright-core'
 import { t, type Test } from 'tap'
+import { createSandbox } from '#src/sandbox/app.js'
 import { createClusters } from '#src/sandbox/clusters.js'
 import { createFeed, type Update } from '#src/sandbox/feed.js'
 import { createFaultScript } from '#src/sandbox/faults.js'
 import { createLedger } from '#src/sandbox/ledger.js'
 import { createRefusals } from '#src/sandbox/refusals.js'
 import { createStreams } from '#src/sandbox/streams.js'
-import { startSandbox, TOKEN, type Env } from './helper.ts'
+import { launchChromium, needsChromium, WAIT_MS } from './chromium.ts'
+import { startRelay, startSandbox, TOKEN, type Env } from './helper.ts'
 
 type Sandbox = Awaited<ReturnType<typeof startSandbox>>
 
@@ -294,6 +297,9 @@ t.test('a page gets the last 500 rows, 200 clusters, 12 pairs of each, and 20 re
   t.match(one.clusters.changed, [{ user: 'u1', pairs: { length: 2 } }], 'only what changed is sent')
   t.notOk(one.clusters.shown.includes(all.clusters.shown[0] ?? 0), 'the cluster that changed longest ago is no longer shown')
 
+  ledger.add('track', pair('alone', 'no-uuid'))
+  t.match(feed.update(false).clusters.changed, [{ user: 'alone', pairs: [], more: 0, refused: [{ user: 'alone', anon: 'no-uuid' }] }], 'a user without an anonymous id')
+
   for (let index = 0; index < 450; index++) refusals.add({ endpoint: 'track', kind: 'refused', reason: `r${index}`, events: () => [] })
   const { rows, counts } = feed.update(false)
   t.equal(counts.refused, 450)
@@ -323,6 +329,14 @@ t.test('a ledger with a bound drops its oldest rows, and forgets the clusters th
   t.same([ledger.rows(), ledger.dropped(), ledger.clusters(9)], [[], 0, { total: 0, clusters: [] }])
 })
 
+t.test('the larger of two clusters takes the ids of the smaller one', async t => {
+  const { merge, recent } = createClusters()
+  for (const [anon, user] of [['a', 'u'], ['b', 'u'], ['u', 'v'], ['c', 'v']] as const) t.equal(merge(anon, user).outcome, 'merged')
+  const { total, clusters: [cluster] } = recent(9)
+  t.equal(total, 1)
+  t.same([...cluster?.ids ?? []].sort(), ['a', 'b', 'c', 'u', 'v'])
+})
+
 t.test('two clusters become one, with their refused merges', async t => {
   const { merge, refuse, recent } = createClusters({ maxIds: 30 })
   const sizes = () => recent(9).clusters.map(({ ids, pairs, refused }) => [ids.size, pairs.length, refused.size])
@@ -338,4 +352,264 @@ t.test('two clusters become one, with their refused merges', async t => {
   t.same(sizes(), [[6, 6, 2], [1, 0, 20]])
   merge('y', 'z')
   t.same(sizes(), [[1, 0, 20], [2, 1, 0]], 'a refused merge counts like an id')
+})
+
+let browser: Browser
+t.before(async () => { browser = await launchChromium(t) as Browser })
+
+interface PageOptions { isInterrupted?: boolean, width?: number, colorScheme?: 'light' | 'dark' }
+
+/** The page of a sandbox, once it is connected. An error in it, such as one of its policy, fails the test. */
+async function openPage (t: Test, url: string, { isInterrupted = false, width = 1280, colorScheme = 'light' }: PageOptions = {}): Promise<Page> {
+  const context = await browser.newContext({ viewport: { width, height: 800 }, colorScheme })
+  t.teardown(() => context.close())
+  context.setDefaultTimeout(WAIT_MS)
+  const page = await context.newPage()
+  page.on('pageerror', error => t.fail(`an error in the page: ${error.message}`))
+  page.on('console', message => message.type() === 'error' && !isInterrupted && t.fail(`an error in the page: ${message.text()}`))
+  page.on('dialog', dialog => t.fail(`a dialog: ${dialog.message()}`))
+  await page.goto(url)
+  await page.waitForSelector('#connection.live')
+  return page
+}
+
+/** Resolves when the page has a text. */
+const shows = (page: Page, selector: string, text: string | RegExp) => page.locator(selector).filter({ hasText: text }).first().waitFor()
+
+/** Resolves when the table has so many rows. The policy of the page refuses Playwright's own `waitForFunction`. */
+async function hasRows (page: Page, count: number): Promise<void> {
+  for (const end = Date.now() + WAIT_MS; await page.locator('#rows tr').count() !== count; await sleep(20)) {
+    if (Date.now() > end) throw new Error(`the table does not have ${count} rows`)
+  }
+}
+
+/** The texts of each row: event, user, anonymous id and outcome. */
+const rowsOf = (page: Page) => page.locator('#rows tr').evaluateAll(rows =>
+  (rows as unknown as { children: { innerText: string }[] }[]).map(({ children }) => [...children].slice(1).map(cell => cell.innerText.split('\n')[0])))
+
+/** What Chromium tells a screen reader. */
+async function accessibilityOf (page: Page): Promise<{ role: string, name: string, description: string }[]> {
+  const client = await page.context().newCDPSession(page)
+  const { nodes } = await client.send('Accessibility.getFullAXTree')
+  return nodes.filter(({ ignored }) => !ignored).map(({ role, name, description }) =>
+    ({ role: String(role?.value), name: String(name?.value ?? ''), description: String(description?.value ?? '') }))
+}
+
+for (const mode of ['original', 'simplified'] as const) {
+  t.test(`events and clusters appear live, with ${mode} ID merge`, needsChromium, async t => {
+    const { sandbox, post } = await startRelay(t, { env: { MIXPANEL_ID_MERGE: mode }, sandbox: { mode } })
+    const page = await openPage(t, sandbox.url)
+    await shows(page, '#mode', mode === 'original' ? 'Original ID Merge' : 'Simplified ID Merge')
+    await shows(page, '#events-more', `MIXPANEL_URL=${sandbox.url}`)
+    const [phone, web] = [randomUUID(), randomUUID()]
+    for (const [user, anon] of [['user-42', phone], ['user-42', `$device:${web}`], ['user-42', phone], ['user-43', phone]] as const) {
+      t.equal((await post({ identified_id: user, anon_id: anon })).statusCode, 200)
+    }
+    sandbox.faults.add({ name: 'refused', times: 2 })
+    t.equal((await post({ identified_id: 'user-44', anon_id: phone })).statusCode, 422)
+    await hasRows(page, 6)
+    const event = mode === 'original' ? '$identify' : 'identity association'
+    t.same(await rowsOf(page), [
+      [event, 'user-44', phone, 'fault'],
+      [event, 'user-44', phone, 'fault'],
+      [event, 'user-43', phone, 'errAnonDistinctIdAssignedAlready'],
+      [event, 'user-42', phone, 'repeat duplicate'],
+      [event, 'user-42', mode === 'original' ? `$device:${web}` : web, 'merged'],
+      [event, 'user-42', phone, 'merged']
+    ])
+    t.same(await page.locator('[data-count]').allInnerTexts(), ['4', '1', '2', '1', '2'])
+    t.equal(await page.locator('figure').count(), 1)
+    await shows(page, 'figcaption', 'user-42: 2 anonymous ids, 1 refused')
+    t.equal(await page.locator('figure .node.user:not(.outside)').count(), 1)
+    t.equal(await page.locator('figure .node.anon:not(.outside)').count(), 2)
+    t.equal(await page.locator('figure .merge:not(.refused)').count(), 2)
+    t.equal(await page.locator('figure .merge.refused').count(), 1)
+    await page.click('#clusters-text summary')
+    const list = await page.locator('#cluster-list li').allInnerTexts()
+    t.match(list, [new RegExp(`^user-42 has ${phone}, .*${web}. Refused: user-43 with ${phone}, because the anonymous id has another user`)])
+    await page.locator('#rows summary').first().click()
+    await shows(page, '#rows pre', mode === 'original' ? '"$failure_reason": "errAnonDistinctIdAssignedAlready"' : '"$identity_failure_reason"')
+
+    await post({ identified_id: 'user-50', anon_id: randomUUID() })
+    await shows(page, 'figcaption', 'user-50: 1 anonymous id')
+    t.equal(await page.locator('figure').count(), 2, 'the picture grows')
+    t.ok(await page.locator('#rows details[open] pre').isVisible(), 'what was open stays open')
+    await shows(page, '#announcement', 'Events 5, duplicates 1, merged 3')
+  })
+}
+
+t.test('the buttons add faults and clear the sandbox', needsChromium, async t => {
+  const sandbox = await startSandbox(t)
+  const page = await openPage(t, sandbox.url, { isInterrupted: true })
+  await track(sandbox, pair('u', randomUUID()))
+  await shows(page, '#rows', 'merged')
+  await page.fill('#times', '3')
+  await page.click('text=503 unavailable')
+  await shows(page, '#script', 'Waiting: edge_down × 3.')
+  t.equal((await track(sandbox, pair('u', randomUUID()))).status, 503)
+  await shows(page, '#script', 'edge_down × 2')
+  await page.selectOption('#other', 'too_large')
+  await page.click('text=Add fault')
+  await shows(page, '#script', 'edge_down × 2, too_large × 3')
+  await page.click('text=Clear faults')
+  await shows(page, '#script', 'No fault is waiting')
+  t.equal(await page.locator('#rows tr').count(), 2, 'the events are still there')
+  await page.fill('#times', '0')
+  await page.click('text=429 rate limit')
+  t.same(sandbox.faults.pending(), [], 'a count that is invalid is not sent')
+  await page.fill('#times', '1')
+  sandbox.faults.add(...Array(1000).fill({ name: 'hang' }))
+  await page.click('text=429 rate limit')
+  await shows(page, '#failure', 'more than 1000 faults')
+  await page.click('text=Clear everything')
+  await hasRows(page, 0)
+  await shows(page, '#clusters-more', 'No ids yet')
+  t.equal(sandbox.ledger.rows().length, 0)
+
+  await page.click('text=Pause')
+  await track(sandbox, pair('paused', randomUUID()))
+  await sleep(500)
+  t.equal(await page.locator('#rows tr').count(), 0, 'a page that is paused does not change')
+  await page.click('text=Pause')
+  await shows(page, '#rows', 'paused')
+})
+
+t.test('the page works with the keyboard alone, and each control has a name', needsChromium, async t => {
+  const sandbox = await startSandbox(t)
+  await track(sandbox, [pair('u', randomUUID()), pair('v', 'no-uuid')])
+  const page = await openPage(t, sandbox.url)
+  await shows(page, '#rows', 'merged')
+  const order: string[] = []
+  for (const end = 'BODY'; order.length < 40;) {
+    await page.keyboard.press('Tab')
+    const [name, outline] = await page.evaluate(`(() => {
+      const { id, innerText, tagName } = document.activeElement
+      return [tagName === 'BODY' ? tagName : id || innerText, getComputedStyle(document.activeElement).outlineStyle]
+    })()`) as [string, string]
+    if (name === end) break
+    t.equal(outline, 'solid', `${name} has a visible focus`)
+    order.push(name)
+    if (name === 'No answer') await page.keyboard.press('Enter')
+    if (name === 'times') await page.keyboard.type('4')
+  }
+  t.same(order, ['times', '503 unavailable', '429 rate limit', '500 error', 'Refuse the event', 'No answer', 'Break the connection',
+    'Wait 3 s, then answer', 'other', 'Add fault', 'clear-faults', 'clear', 'clusters', 'The clusters as a list', 'pause', 'As filed', 'As filed'])
+  await shows(page, '#script', 'Waiting: hang × 4.')
+
+  const nodes = await accessibilityOf(page)
+  for (const role of ['banner', 'main', 'region', 'table', 'caption', 'columnheader', 'button', 'combobox', 'spinbutton', 'status']) {
+    t.ok(nodes.some(node => node.role === role), `there is a ${role}`)
+  }
+  for (const { role, name } of nodes) {
+    if (['button', 'combobox', 'spinbutton', 'table', 'image', 'img', 'region', 'DisclosureTriangle'].includes(role)) t.not(name, '', `a ${role} has a name`)
+  }
+  t.match(nodes.filter(({ role }) => ['image', 'img'].includes(role)).map(({ name }) => name).join('\n'), /Cluster of v.*Refused: v with no-uuid[^]*Cluster of u.*u has /)
+  t.ok(await page.locator('#announcement[aria-live=polite]').count())
+})
+
+t.test('the page fits a phone, and its texts have contrast in light and dark', needsChromium, async t => {
+  const sandbox = await startSandbox(t)
+  const long = 'x'.repeat(255)
+  await track(sandbox, [pair('u', randomUUID()), pair('v', 'no-uuid'), pair(long, randomUUID()), { event: long, properties: { token: 'wrong' } }])
+  await addFaults(sandbox, { name: 'internal' }, { name: 'hang' })
+  await track(sandbox, pair('u', randomUUID()))
+  for (const colorScheme of ['light', 'dark'] as const) {
+    for (const width of [360, 800, 1280]) {
+      const page = await openPage(t, sandbox.url, { width, colorScheme, isInterrupted: false })
+      await shows(page, '#rows', 'merged')
+      t.ok(await page.evaluate('document.documentElement.scrollWidth') as number <= width, `${width} px: no horizontal scrolling`)
+      t.same(await page.evaluate(LOW_CONTRAST), [], `${colorScheme}, ${width} px: contrast`)
+    }
+  }
+})
+
+/** Returns the texts whose contrast with their ground is below 4.5, as WCAG 2 counts it. It runs in the page. */
+const LOW_CONTRAST = `(() => {
+  const numbers = color => color.match(/[\\d.]+/g).map(Number)
+  const luminance = color => numbers(color).slice(0, 3)
+    .map(part => part / 255).map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, part, index) => sum + part * [0.2126, 0.7152, 0.0722][index], 0)
+  const isOpaque = color => color !== 'rgba(0, 0, 0, 0)' && color !== 'none'
+  function groundOf (element) {
+    const rect = element.tagName === 'text' && element.parentNode.querySelector('rect')
+    const fill = rect && getComputedStyle(rect).fill
+    if (fill && isOpaque(fill)) return fill
+    for (let at = element; at !== null; at = at.parentElement) {
+      const color = getComputedStyle(at).backgroundColor
+      if (isOpaque(color)) return color
+    }
+  }
+  for (const animation of document.getAnimations()) animation.finish()
+  const texts = [...document.querySelectorAll('body *')].filter(({ tagName, childNodes }) =>
+    !['title', 'desc', 'NOSCRIPT', 'OPTION'].includes(tagName) && [...childNodes].some(({ nodeType, data }) => nodeType === 3 && data.trim() !== ''))
+  return texts.flatMap(element => {
+    const { color, fill } = getComputedStyle(element)
+    const [one, other] = [luminance(element.tagName === 'text' ? fill : color), luminance(groundOf(element))].sort((a, b) => b - a)
+    const ratio = (one + 0.05) / (other + 0.05)
+    return ratio < 4.5 ? [element.textContent + ': ' + ratio.toFixed(2)] : []
+  })
+})()`
+
+t.test('the page connects again after a restart, and shows what the new sandbox has', needsChromium, async t => {
+  const first = await startSandbox(t)
+  await track(first, pair('before', randomUUID()))
+  const page = await openPage(t, first.url, { isInterrupted: true })
+  await shows(page, '#rows', 'before')
+  await first.app.close()
+  await shows(page, '#connection', 'Not connected')
+  t.equal(await page.locator('#rows tr').count(), 1, 'what arrived stays on the page')
+  const second = createSandbox({ token: TOKEN })
+  t.teardown(() => second.app.close())
+  second.ledger.add('track', pair('meanwhile', randomUUID()))
+  await second.app.listen({ host: '127.0.0.1', port: Number(new URL(first.url).port) })
+  await page.waitForSelector('#connection.live')
+  await shows(page, '#rows', 'meanwhile')
+  await track(first, pair('after', randomUUID()))
+  await shows(page, '#rows', 'after')
+  t.same((await rowsOf(page)).map(([, user]) => user), ['after', 'meanwhile'])
+})
+
+t.test('the page tries again while too many pages are open', needsChromium, async t => {
+  const sandbox = await startSandbox(t)
+  const streams = await Promise.all(Array.from({ length: 16 }, () => openStream(t, sandbox)))
+  const opening = openPage(t, sandbox.url, { isInterrupted: true })
+  await sleep(1000)
+  for (const { close } of streams) close()
+  await shows(await opening, '#connection', 'Live')
+})
+
+t.test('an id that looks like markup is text', needsChromium, async t => {
+  const sandbox = await startSandbox(t)
+  const page = await openPage(t, sandbox.url)
+  const markup = '<img src=x onerror=alert(1)>'
+  await track(sandbox, [
+    pair(markup, randomUUID(), { [markup]: markup }), pair('</title><script>alert(2)</script>', 'no-uuid'),
+    { event: markup, properties: { token: TOKEN, distinct_id: markup } }, { event: markup, properties: { token: '', distinct_id: markup } }
+  ])
+  await hasRows(page, 4)
+  t.match((await rowsOf(page)).map(row => row.slice(0, 3)), [[markup, markup], [markup, markup], ['$identify', '</title><script>alert(2)</script>'], ['$identify', markup]])
+  t.equal(await page.locator('main img, main script').count(), 0)
+  await shows(page, 'figcaption', `${markup}: 1 anonymous id`)
+})
+
+t.test('a page of another origin can neither read nor change the sandbox', needsChromium, async t => {
+  const sandbox = await startSandbox(t)
+  const foreign = await startSandbox(t)
+  await track(sandbox, pair('secret-user', randomUUID()))
+  const page = await openPage(t, foreign.url, { isInterrupted: true })
+  const url = `${sandbox.url}/__sandbox`
+  const results = await page.evaluate(async url => Promise.all([
+    fetch(`${url}/events`), fetch(`${url}/faults`, { method: 'POST', mode: 'no-cors', body: '[{"name":"hang"}]' }), fetch(url, { method: 'DELETE' })
+  ].map(answer => answer.then(() => 'answered', () => 'refused'))), url)
+  t.same(results, ['refused', 'refused', 'refused'], 'its own policy refuses them already')
+  const plain = await browser.newContext()
+  t.teardown(() => plain.close())
+  const other = await plain.newPage()
+  await other.goto(`${foreign.url}/__sandbox/livez`)
+  await other.evaluate(async url => Promise.all([
+    fetch(`${url}/events`), fetch(`${url}/stream`), fetch(`${url}/faults`, { method: 'POST', mode: 'no-cors', body: '[{"name":"hang"}]' }),
+    fetch(url, { method: 'DELETE' })
+  ].map(answer => answer.catch(() => {}))), url)
+  t.same(sandbox.faults.pending(), [])
+  t.equal(sandbox.ledger.rows().length, 1)
 })

@@ -184,8 +184,8 @@ function showFaults (faults) {
 function announce () {
   if (last === undefined || isPaused) return
   const { events, duplicates, merged, unmerged, refused } = last.counts
-  const words = `${events} events, ${duplicates} duplicates, ${merged} merged, ${unmerged} merges refused, ` +
-    `${refused} faults and refused events. ${byId('script').textContent}`
+  const words = `Events ${events}, duplicates ${duplicates}, merged ${merged}, merges refused ${unmerged}, ` +
+    `faults and refused events ${refused}. ${byId('script').textContent}`
   if (words !== announced) byId('announcement').textContent = announced = words
 }
 
