@@ -51,6 +51,8 @@ t.test('the demo prints its examples, serves, and ends at Ctrl-C', async t => {
     t.match(output(), new RegExp(words))
   }
   await until(/Ctrl-C stops the demo/)
+  const [, page = ''] = await until(/in a browser: (http:\S+)/)
+  t.match(await (await fetch(page, { headers: { accept: 'text/html' } })).text(), /<title>Mixpanel sandbox/)
   const answer = await fetch(`${url}/identify`, { method: 'POST', body: JSON.stringify(identity()) })
   t.same(await answer.json(), { status: 'accepted' })
   t.equal((await fetch(`${url}/openapi.json`)).status, 200)

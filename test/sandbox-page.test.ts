@@ -314,13 +314,16 @@ t.test('a ledger with a bound drops its oldest rows, and forgets the clusters th
   feed.update(true)
   const [first, long] = [randomUUID(), 'x'.repeat(1000)]
   ledger.add('track', pair('first', first))
-  for (let index = 0; index < 600; index++) ledger.add('track', pair(`u${index}`, randomUUID(), { long }))
+  for (let index = 0; index < 600; index++) ledger.add('track', pair(`u${index}`, randomUUID(), { long, distinct_id: `u${index}` }))
   const rows = ledger.rows()
   t.ok(JSON.stringify(rows).length < 150_000)
   t.equal(ledger.dropped() + rows.length, 601)
   t.equal(ledger.clusters(9999).total, 500)
   const { counts, rows: shown, clusters } = feed.update(false)
-  t.equal(counts.events, 601)
+  t.match(counts, { events: 601, duplicates: 0 })
+  const last = ledger.rows().at(-1) as { properties: Record<string, unknown> }
+  ledger.add('track', { event: '$identify', properties: last.properties })
+  t.equal(feed.update(false).counts.duplicates, 1, 'of a row that is kept')
   t.equal(shown.at(-1)?.id, 'row-600')
   t.equal(clusters.total, 500)
   ledger.add('track', pair('second', first))

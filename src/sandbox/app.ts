@@ -17,8 +17,8 @@ export interface Received { method: string, url: string, headers: FastifyRequest
 /** The service account of the sandbox alone and of the demo, in the project 1. */
 export const SANDBOX_ACCOUNT = 'sandbox-account:sandbox-secret'
 
-/** The bounds on memory of a sandbox that runs for long: some 50 MB. */
-export const SANDBOX_BOUNDS = { maxBytes: 16 * 1024 * 1024, maxIds: 50_000 }
+/** The bounds on memory of a sandbox that runs for long: some 20,000 events, and as many ids. */
+export const SANDBOX_BOUNDS = { maxBytes: 4 * 1024 * 1024, maxIds: 20_000 }
 
 export type Sandbox = ReturnType<typeof createSandbox>
 

@@ -77,6 +77,7 @@ const HINTS: Record<Mode, string> = {
 interface Position {
   rows: readonly Row[]
   nextRow: number
+  dropped: number
   nextRefusal: number
   keys: Set<string>
   recent: FeedRow[]
@@ -94,6 +95,9 @@ export function createFeed ({ mode, ledger, refusals, faults }: Sources) {
   function readRows (at: Position): FeedRow[] {
     const dropped = ledger.dropped()
     const first = Math.max(at.nextRow - dropped, 0)
+    // Without this the keys of dropped rows would stay for as long as a page is open.
+    if (dropped > at.dropped) at.keys = new Set(at.rows.slice(0, first).map(keyOf))
+    at.dropped = dropped
     const rows: FeedRow[] = []
     for (const [index, row] of at.rows.slice(first).entries()) {
       const key = keyOf(row)
@@ -154,7 +158,9 @@ export function createFeed ({ mode, ledger, refusals, faults }: Sources) {
 
 function start (rows: readonly Row[]): Position {
   const counts = { events: 0, duplicates: 0, merged: 0, unmerged: 0, refused: 0 }
-  return { rows, nextRow: 0, nextRefusal: 0, keys: new Set(), recent: [], shown: new Map(), counts, hint: '' }
+  return {
+    rows, nextRow: 0, dropped: 0, nextRefusal: 0, keys: new Set(), recent: [], shown: new Map(), counts, hint: ''
+  }
 }
 
 function rowView (row: Row, id: string, isDuplicate: boolean): FeedRow {
