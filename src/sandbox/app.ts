@@ -120,7 +120,7 @@ function recordOf ({ method, url, headers, body }: FastifyRequest): Received {
 
 /** Returns a function that parses the events of a request. It holds the body, but not the request. */
 function eventsOf ({ query, headers, body }: FastifyRequest, read: Read): Refusal['events'] {
-  if (String(body ?? '').length > MAX_SHOWN_BODY) return () => []
+  if (((body as Buffer | undefined)?.length ?? 0) > MAX_SHOWN_BODY) return () => []
   return () => [read({ query, headers, body })].flat().map(event => viewOf(event as object))
 }
 

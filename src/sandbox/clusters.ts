@@ -42,8 +42,12 @@ export function createClusters ({ clusterMax = 501, maxIds = Infinity }: Cluster
   function ensure (id: string): Cluster {
     const found = clusterOf.get(id)
     if (found !== undefined) return found
-    const cluster = { id: ++created, ids: new Set([id]), pairs: [], refused: new Map(), changed: 0 }
+    return include({ id: ++created, ids: new Set(), pairs: [], refused: new Map(), changed: 0 }, id)
+  }
+
+  function include (cluster: Cluster, id: string): Cluster {
     clusterOf.set(id, cluster)
+    cluster.ids.add(id)
     held++
     return cluster
   }
@@ -119,7 +123,8 @@ export function createClusters ({ clusterMax = 501, maxIds = Infinity }: Cluster
         return refuse(pair, 'errManyIDs', description)
       }
       owner.set(anon, user)
-      const cluster = unite(ensure(anon), ensure(user))
+      // Nearly every anonymous id is new, and needs no cluster of its own first.
+      const cluster = one === undefined ? include(ensure(user), anon) : unite(one, ensure(user))
       cluster.pairs.push(pair)
       touch(cluster)
       return { outcome: 'merged' }
