@@ -242,6 +242,8 @@ t.test('an exception while encoding or sending rejects its own callers and leave
 t.test('the breaker opens after five failures, admits one probe at a time, and closes after a success', async t => {
   const restore = setPerformanceNow(t, () => now)
   let now = 0
+  // The longest pauses.
+  t.capture(Math, 'random', () => 0)
   const breaker = createBreaker()
   for (let failure = 0; failure < 5; failure++) {
     t.equal(breaker.isOpen(), false)
@@ -262,5 +264,21 @@ t.test('the breaker opens after five failures, admits one probe at a time, and c
   breaker.record(true)
   t.equal(breaker.isOpen(), false)
   t.equal(breaker.admits(), true)
+  restore()
+})
+
+t.test('breakers that open at the same time probe at different times, after half a pause at the earliest', async t => {
+  let now = 0
+  const restore = setPerformanceNow(t, () => now)
+  const breakers = Array.from({ length: 100 }, createBreaker)
+  const probes = () => breakers.filter(breaker => breaker.admits()).length
+  for (const breaker of breakers) for (let failure = 0; failure < 5; failure++) breaker.record(false)
+  now = 500
+  t.equal(probes(), 0)
+  now = 750
+  const first = probes()
+  t.ok(first > 10 && first < 90, `after three quarters of a pause some have probed, and ${first} of 100 had`)
+  now = 1000
+  t.equal(probes(), 100 - first, 'after a whole pause all have probed')
   restore()
 })

@@ -7,8 +7,9 @@ export const LAST_PROBE_MS = 30_000
 
 /**
  * A circuit breaker. Five consecutive failures open it; a success closes it. While open it admits one probe at a time.
- * The first probe comes after a second, and each pause is twice as long as the one before, up to 30 s. `onChange` is
- * called when it opens and when it closes.
+ * The pauses between probes are at most 1, 2, 4, … 30 s, and at least half of that. They are random, because an outage
+ * opens the breakers of all replicas at once, and equal pauses would make all replicas resume at once. `onChange`
+ * is called when it opens and when it closes.
  */
 export function createBreaker (onChange: (to: 'open' | 'closed') => void = () => {}) {
   let failures = 0
@@ -42,7 +43,7 @@ export function createBreaker (onChange: (to: 'open' | 'closed') => void = () =>
       isProbing = false
       if (failures < MAX_FAILURES) return
       if (failures === MAX_FAILURES) onChange('open')
-      probeAt = performance.now() + pauseMs
+      probeAt = performance.now() + pauseMs * (1 - Math.random() / 2)
       pauseMs = Math.min(pauseMs * 2, LAST_PROBE_MS)
     },
 
