@@ -6,7 +6,7 @@ import type { Delivery, OutgoingEvent } from '#src/mixpanel/delivery.js'
 import { identifyEvent } from '#src/identity/event.js'
 import { createForwarder } from '#src/relay/forwarder.js'
 import type { Entry, Outbox } from '#src/outbox/outbox.js'
-import { backoffMs } from '#src/relay/pauses.js'
+import { backoffMs, createPauses } from '#src/relay/pauses.js'
 import { planRound, finalReason, createPass, isTooLong } from '#src/relay/plan.js'
 import { createSuspects } from '#src/relay/suspects.js'
 import type { Verdict } from '#src/identity/verdict.js'
@@ -126,6 +126,8 @@ t.test('a success of a caller ends the pause of the forwarder', async t => {
 })
 
 t.test('after a 429 the forwarder waits for Retry-After, or five seconds while others are accepted', async t => {
+  // The shortest wait.
+  t.capture(Math, 'random', () => 0)
   const { rounds, pass, forwarder } = start(t, 10, items => items.map(() => ({ code: 'mixpanel_rate_limited', taken: 'no', cause: 'status 429', retryAfter: 30 })))
   await pass(29, 0.5)
   t.equal(rounds.length, 1)
@@ -268,6 +270,26 @@ t.test('arrays respect MAX_BATCH, 1 MiB, and the endpoint of a replay', async t 
   t.same(sizes(large), Array.from({ length: 6 }, () => 3))
   const mixed = [entry(), entry('', { endpoint: 'import' }), entry('', { endpoint: 'import' }), entry()]
   t.same(sizes(mixed), [1, 2, 1])
+})
+
+t.test('an accepted event ends a backoff after 5 to 10 s, at random', async t => {
+  const clock = { now: 0, random: 0 }
+  const restore = setPerformanceNow(t, () => clock.now)
+  t.capture(Math, 'random', () => clock.random)
+  const { backoff, recovered } = createPauses()
+  for (const [random, ms] of [[0, 5000], [0.5, 7500], [0.9, 9500]] as const) {
+    clock.random = random
+    let isOver = false
+    const pause = backoff(60_000).then(() => { isOver = true })
+    clock.now += ms - 1
+    recovered()
+    await Promise.resolve()
+    t.equal(isOver, false, `it does not end before ${ms} ms`)
+    clock.now++
+    recovered()
+    await pause
+  }
+  restore()
 })
 
 t.test('the backoff is that of Mixpanel\'s documentation', async t => {

@@ -1,6 +1,6 @@
 import { LAST_PROBE_MS } from '../mixpanel/breaker.ts'
 
-/** While Mixpanel accepts other events, a backoff ends after this long. */
+/** While Mixpanel accepts other events, a backoff ends after this long, or at random up to twice as long. */
 const RECOVERED_MS = 5000
 
 /** The pause after an error of the store. */
@@ -48,8 +48,11 @@ export function createPauses () {
     },
     /** Resolves after `ms`, at most 30 s, or when Mixpanel accepts an event. */
     outage: (ms: number) => wait(Math.min(ms, LAST_PROBE_MS), false, 0),
-    /** Resolves after `ms`. From the sixth second on, an accepted event ends the wait. */
-    backoff: (ms: number) => wait(ms, false, RECOVERED_MS),
+    /**
+     * Resolves after `ms`. After 5 to 10 s an accepted event ends the wait: at random, because replicas that exceed
+     * Mixpanel's limit together should not do so again.
+     */
+    backoff: (ms: number) => wait(ms, false, RECOVERED_MS * (1 + Math.random())),
 
     added: () => endIf(({ isIdle }) => isIdle),
     recovered: () => endIf(({ isIdle, earliest }) => !isIdle && performance.now() >= earliest),
