@@ -1,8 +1,8 @@
 // Replicas of the relay in front of one rate-limited Mixpanel: npm run bench:replicas
-//   [-- --replicas 1,3,10,30] [--only 'outage'] [--loads 1] [--seed 1]
+//   [-- --replicas 1,3,10,30] [--only 'outage'] [--seed 1]
 // A simulation on a virtual clock. The policies are the relay's own: createRelay with its batcher, slots, retries,
-// breaker, forwarder and pauses, one for each replica. Mixpanel, the network and the stores are models; the CPU time of
-// a replica is not modelled. One run is deterministic.
+// breaker, forwarder and pauses, once for each replica. Mixpanel, the network and the stores are models. The CPU time of
+// a replica is not modelled, so one replica may take more than a real one could. The same seed gives the same figures.
 import { advanceTo, reset } from './virtual-time.js'
 import { parseArgs } from 'node:util'
 import { tableOf } from './table.js'
@@ -30,15 +30,17 @@ const STORE_MS = { file: 2, redis: 1 }
 /** DEADLINE_MS plus 5 s, as src/outbox/open.ts sets it. */
 const LEASE_MS = 15_000
 const WARM_MS = 5000
-const OUTAGE_MS = 60_000
+const STEADY_MS = 15_000
 
+/** `rate`: identities a second of all callers. For `troubleMs` Mixpanel is down, or with `burst` that many come a second. */
 const SCENARIOS = {
-  'steady, two thirds of the limit, OUTBOX=off': { rate: 20_000, outbox: 'off', ms: 15_000 },
-  'steady, 1.5 times the limit, OUTBOX=off': { rate: 45_000, outbox: 'off', ms: 15_000 },
-  'steady, 1.5 times the limit, OUTBOX=off, Retry-After: 5': { rate: 45_000, outbox: 'off', ms: 15_000, retryAfter: '5' },
-  'outage of 60 s at 10,000 a second, an outbox for each': { rate: 10_000, outbox: 'file' },
-  'outage of 60 s at 10,000 a second, an outbox for each, Retry-After: 30': { rate: 10_000, outbox: 'file', retryAfter: '30' },
-  'outage of 60 s at 2,000 a second, OUTBOX=redis': { rate: 2000, outbox: 'redis' }
+  'steady, two thirds of the limit, OUTBOX=off': { rate: 20_000, outbox: 'off' },
+  'steady, 1.5 times the limit, OUTBOX=off': { rate: 45_000, outbox: 'off' },
+  'outage of 60 s at 10,000 a second, an outbox for each': { rate: 10_000, outbox: 'file', troubleMs: 60_000 },
+  'outage of 75 s at 10,000 a second, an outbox for each': { rate: 10_000, outbox: 'file', troubleMs: 75_000 },
+  'outage of 60 s at 10,000 a second, an outbox for each, 429 with Retry-After: 30': { rate: 10_000, outbox: 'file', troubleMs: 60_000, retryAfter: '30' },
+  'outage of 60 s at 2,000 a second, OUTBOX=redis': { rate: 2000, outbox: 'redis', troubleMs: 60_000 },
+  'burst of 20 s at 45,000 a second, 10,000 otherwise, an outbox for each': { rate: 10_000, outbox: 'file', troubleMs: 20_000, burst: 45_000 }
 }
 
 const silent = { debug () {}, info () {}, warn () {}, error () {} }
@@ -146,6 +148,7 @@ function createFleet (count, scenario, upstream) {
   const shared = createStore()
   const stores = []
   const codes = {}
+  let rate = scenario.rate
   let made = 0
   const relays = Array.from({ length: count }, (_, replica) => {
     const config = readConfig({ MIXPANEL_TOKEN: 'x' }, () => '')
@@ -165,14 +168,14 @@ function createFleet (count, scenario, upstream) {
 
   /** Each millisecond a replica gets its share of the load, on average. */
   function load () {
-    const mean = scenario.rate / count / 1000
+    const mean = rate / count / 1000
     for (const relay of relays) for (let rest = mean; rest > 0; rest--) if (rest >= 1 || Math.random() < rest) post(relay)
     setTimeout(load, 1)
   }
 
   return {
     codes,
-    offered: () => made,
+    setRate (next) { rate = next },
     waiting: () => isShared ? shared.waiting : stores.reduce((sum, { waiting }) => sum + waiting, 0),
     start: load,
     stop: () => relays.forEach(relay => { relay.stop() })
@@ -212,43 +215,46 @@ async function steady (count, scenario) {
   await advanceTo(WARM_MS)
   const before = copy(upstream)
   const codes = { ...fleet.codes }
-  await advanceTo(WARM_MS + scenario.ms)
-  const { goodput, share, limited, jain, requests } = between(before, copy(upstream), count, scenario.ms)
+  await advanceTo(WARM_MS + STEADY_MS)
+  const { goodput, share, limited, jain, requests } = between(before, copy(upstream), count, STEADY_MS)
   const answers = Object.entries(fleet.codes).map(([code, sum]) => [code, sum - (codes[code] ?? 0)]).filter(([, sum]) => sum > 0)
   const all = total(answers.map(([, sum]) => sum))
   const shares = answers.map(([code, sum]) => `${code} ${(sum / all * 100).toFixed(0)} %`).join(', ')
   return [String(count), goodput, share, limited, jain, requests, shares]
 }
 
-const OUTAGE = ['replicas', 'probes/100 ms, peak', 'resumed, s', 'herd: peak/100 ms', '× mean', 'empty, s', 'accepted/s', 'of the limit', '429 per 1000', 'Jain']
+const RECOVERY = ['replicas', 'meanwhile: peak/100 ms', 'resumed, s', 'herd: peak/100 ms', '× mean', 'empty, s', 'accepted/s', 'of the limit', '429 per 1000', 'Jain']
 
-async function outage (count, scenario) {
+async function recovery (count, scenario) {
+  const { rate, burst = rate, troubleMs } = scenario
   const upstream = createUpstream(scenario)
   const fleet = createFleet(count, scenario, upstream)
   fleet.start()
   await advanceTo(WARM_MS)
-  upstream.isDown = true
-  await advanceTo(WARM_MS + OUTAGE_MS)
+  upstream.isDown = burst === rate
+  fleet.setRate(burst)
+  await advanceTo(WARM_MS + troubleMs)
   upstream.isDown = false
+  fleet.setRate(rate)
   upstream.firstAt = []
   const recovered = performance.now()
   const before = copy(upstream)
   // What a caller sends meanwhile is queued for some milliseconds now and then.
-  const most = scenario.rate / 100
+  const most = rate / 100
   do await advanceTo(performance.now() + 100)
   while (fleet.waiting() > most && performance.now() < recovered + 600_000)
   const ms = performance.now() - recovered
   const { goodput, share, limited, jain } = between(before, copy(upstream), count, ms)
   const slots = (from, to) => Array.from({ length: Math.ceil((to - from) / 100) }, (_, index) => upstream.requests[Math.floor(from / 100) + index] ?? 0)
-  // The first failures open the breakers; what comes after 5 s are probes.
-  const probes = Math.max(...slots(WARM_MS + 5000, recovered))
+  // In an outage the first failures open the breakers; what comes after 5 s are probes.
+  const meanwhile = Math.max(...slots(WARM_MS + 5000, recovered))
   const first = Math.min(...upstream.firstAt.filter(at => at !== undefined))
   const resumed = [first, Math.max(...upstream.firstAt.filter(at => at !== undefined))].map(at => ((at - recovered) / 1000).toFixed(1))
   const herd = slots(first, first + Math.min(10_000, ms))
   const peak = Math.max(...herd)
   const isEmpty = fleet.waiting() <= most
   fleet.stop()
-  return [String(count), String(probes), resumed.join('–'), String(peak), (peak / (total(herd) / herd.length)).toFixed(1),
+  return [String(count), String(meanwhile), resumed.join('–'), String(peak), (peak / (total(herd) / herd.length)).toFixed(1),
     isEmpty ? (ms / 1000).toFixed(1) : `${fleet.waiting()} left`, goodput, share, limited, jain]
 }
 
@@ -258,7 +264,7 @@ for (const [title, scenario] of Object.entries(SCENARIOS)) {
   const rows = []
   for (const count of values.replicas.split(',').map(Number)) {
     reset(Number(values.seed))
-    rows.push(await (scenario.ms === undefined ? outage : steady)(count, scenario))
+    rows.push(await (scenario.troubleMs === undefined ? steady : recovery)(count, scenario))
   }
-  console.log(`\n${title}\n\n${tableOf(scenario.ms === undefined ? OUTAGE : STEADY, rows)}`)
+  console.log(`\n${title}\n\n${tableOf(scenario.troubleMs === undefined ? STEADY : RECOVERY, rows)}`)
 }
