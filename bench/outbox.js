@@ -17,6 +17,7 @@ const url = `http://127.0.0.1:${PORT}`
 
 const children = []
 process.on('exit', () => { for (const child of children) child.kill() })
+for (const signal of ['SIGINT', 'SIGTERM']) process.on(signal, () => process.exit(1))
 
 function start (script, env, output = 'ignore', command = 'node') {
   const child = spawn(command, script, { cwd: here, env: { PATH: process.env.PATH, ...env }, stdio: ['ignore', output, 'inherit'] })
@@ -47,6 +48,10 @@ const post = (path, body, headers) => fetch(`${url}${path}`, {
 const waiting = async () => (await (await fetch(`${url}/readyz?verbose`)).json()).parts.outbox.waiting
 const upstream = async path => (await fetch(`http://127.0.0.1:${UPSTREAM}${path}`)).text()
 const until = async what => { while (!await what()) await sleep(20) }
+const serves = server => until(async () => {
+  if (server.exitCode !== null) throw new Error('the relay has exited')
+  return await post('/identify', identity()) === 200
+})
 const figure = (what, value, goal, isReached) => console.log(`${isReached ? 'reached' : 'MISSED '}  ${what}: ${value} (goal ${goal})`)
 
 const megabytes = (bytes, count) => `${(bytes / count).toFixed(0)} MB`
@@ -69,7 +74,7 @@ async function measureOutage (directory) {
   const mixpanel = await startUpstream(50)
   console.log(`an outage of ${seconds} s, ${RATE} identities a second`)
   const server = relay(`file:${directory}`)
-  await until(async () => await post('/identify', identity()) === 200)
+  await serves(server)
   const before = JSON.parse(await upstream('/count')).identities
   await upstream('/down')
   const load = start(['load.js', JSON.stringify({ port: PORT, connections: 50, seconds, rate: RATE, distinct: seconds * RATE + 1000 })], {}, 'pipe')
@@ -111,11 +116,11 @@ async function measureBacklog (store, [latency, env], sizes) {
   await upstream('/up')
   const since = performance.now()
   server = relay(store, env)
-  await until(async () => await post('/identify', identity()) === 200)
+  await serves(server)
   const first = (performance.now() - since) / 1000
   // With Redis the lease of the killed relay must expire first.
   const size = await waiting()
-  await until(async () => await waiting() < size)
+  await until(async () => size === 0 || await waiting() < size)
   const [left, from, cpu, { requests }] = [await waiting(), performance.now(), cpuOf(server), JSON.parse(await upstream('/count'))]
   await until(async () => await waiting() === 0)
   const rate = left / ((performance.now() - from) / 1000)
