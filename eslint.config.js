@@ -3,7 +3,10 @@ import neostandard, { plugins } from 'neostandard'
 /** The path of an identity leads from left to right: a room imports only from those to its right. */
 const floors = [
   ['server.ts', 'sandbox'], ['commands'], ['http'], ['relay'], ['outbox', 'mixpanel'], ['identity'],
-  ['concurrency', 'config.ts', 'environment.ts', 'secrets.ts', 'log.ts', 'metrics.ts', 'redis.ts']
+  [
+    'concurrency', 'config.ts', 'environment.ts', 'secrets.ts', 'log.ts', 'metrics.ts', 'redis.ts', 'proxy.ts', 'tunnel.ts',
+    'get.ts'
+  ]
 ]
 const last = floors.length - 1
 const layers = floors.slice(1).flatMap((rooms, index) => rooms.map(room => {

@@ -34,6 +34,22 @@ export function secretsOf (config: Config): string[] {
   return values.filter((value): value is string => value !== undefined && value !== '')
 }
 
+/** The variables that have a second name in lower case. */
+const IN_LOWER_CASE = Object.entries<TSchema>(Environment.properties)
+  .filter(([, schema]) => schema.lowerCase === true).map(([name]) => name)
+
+/** Returns the name under which `env` has a variable. In lower case it wins, as with curl and undici. */
+export function nameIn (env: Env, name: string): string {
+  const other = name.toLowerCase()
+  return IN_LOWER_CASE.includes(name) && env[other] ? other : name
+}
+
+/** Returns the names of all variables in `env` that hold a secret. The URL of a proxy may have a password. */
+export const sensitiveNames = (env: Env) => [
+  ...SECRETS,
+  ...IN_LOWER_CASE.flatMap(name => [name, name.toLowerCase()]).filter(name => env[name]?.includes('@'))
+]
+
 /** Returns the names of the secrets that `env` takes from files, each with its path. */
 export const secretFiles = (env: Env): [name: string, path: string][] =>
   SECRETS.flatMap(name => env[`${name}_FILE`] ? [[name, env[`${name}_FILE`] as string]] : [])
@@ -48,16 +64,18 @@ export function readConfig (env: Env, readFile: (path: string) => string): Confi
   const links = serviceLinks(env)
   for (const [name, schema] of Object.entries<TSchema>(Environment.properties)) {
     const isFile = schema.secret === true && Boolean(env[`${name}_FILE`])
-    const raw = isFile ? secretFromFile(name, env, readFile, mistakes) : links.includes(name) ? '' : env[name]
+    const given = nameIn(env, name)
+    const raw = isFile ? secretFromFile(name, env, readFile, mistakes) : links.includes(name) ? '' : env[given]
     if (raw && schema.type === 'string' && !isBare(raw)) {
-      mistakes.set(name, `${name} must not have white space or quotes around its value.`)
+      mistakes.set(name, `${given} must not have white space or quotes around its value.`)
     }
     if (raw) values[name] = decode(schema, raw)
   }
   const config = Value.Default(Environment, values) as Config
   for (const { path, schema, value } of Value.Errors(Environment, config)) {
     const name = path.split('/')[1] as string
-    if (!mistakes.has(name)) mistakes.set(name, `${name} ${value === undefined ? 'is required' : schema.rule}.`)
+    const problem = value === undefined ? 'is required' : schema.rule
+    if (!mistakes.has(name)) mistakes.set(name, `${nameIn(env, name)} ${problem}.`)
   }
   const sentences = [...mistakes.values(), ...conflicts(config, env)]
   if (sentences.length > 0) throw new ConfigError(sentences.join('\n'))

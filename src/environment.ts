@@ -21,6 +21,15 @@ FormatRegistry.Set('jwks-url', text => {
   const { protocol, hostname, username, password } = new URL(text)
   return (protocol === 'https:' || (protocol === 'http:' && isLoopback(hostname))) && username + password === ''
 })
+FormatRegistry.Set('proxy-url', text => {
+  if (!/^https?:\/\//i.test(text) || !URL.canParse(text)) return false
+  const { username, password } = new URL(text)
+  try {
+    return decodeURIComponent(username + password).length >= 0
+  } catch {
+    return false
+  }
+})
 FormatRegistry.Set('api-key', text => {
   const { key } = splitApiKey(text)
   return /^[!-9;-~]{16,512}$/.test(key) && !/^["'`]|["'`]$/.test(key)
@@ -56,6 +65,13 @@ const secret = (shape: { pattern: string } | { format: string }, rule: string) =
 const HOST_PATTERN = '^[0-9A-Za-z.:-]+$'
 const HOST_RULE = 'must be an address or a host name'
 
+/** A variable that other programs read as well: `lowerCase` is for its other name, such as https_proxy. */
+const proxyUrl = () => Type.Optional(Type.String({
+  format: 'proxy-url',
+  lowerCase: true,
+  rule: 'must be the URL of an HTTP proxy, such as http://proxy.example.com:3128. A SOCKS proxy cannot be used'
+}))
+
 const API_KEYS_RULE = 'must be 1 to 100 keys, each as key or name:key, separated by commas or lines. A key has at ' +
   'least 16 printable characters, and no colon, comma, quotes or white space. A name has letters, digits, ., _ and -'
 
@@ -90,6 +106,11 @@ export const Environment = Type.Object({
   PORT: integer(0, 65_535, 8080),
   METRICS_PORT: optionalInteger(0, 65_535),
   METRICS_HOST: Type.Optional(Type.String({ pattern: HOST_PATTERN, rule: HOST_RULE })),
+  HTTPS_PROXY: proxyUrl(),
+  HTTP_PROXY: proxyUrl(),
+  NO_PROXY: Type.Optional(Type.String({
+    pattern: '^[^"\'`]+$', lowerCase: true, rule: 'must be a list of hosts without quotes, separated by commas'
+  })),
   LOG_LEVEL: oneOf(['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'], 'info'),
   TRUST_PROXY: list(
     'network', 'must be a comma-separated list of IP addresses or CIDR ranges, none of them /0 or IPv4-mapped'

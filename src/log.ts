@@ -25,6 +25,7 @@ export interface AccessLine {
 /**
  * Returns a pino logger, and `logRequest`, which writes an access line at `info` for a quarter of pino's cost. Only
  * `details` needs escapes: methods and routes come from fixed lists, `requestId` and `caller` have fixed alphabets.
+ * `toggleDebug` switches the level to `debug` and back, and logs the level that holds from now on.
  */
 export function createLog (
   level: string, destination: { write: (line: string) => void, dropped?: () => number }
@@ -32,7 +33,21 @@ export function createLog (
   const logger: Logger = pino({ level, base: null }, destination)
   const info = logger.levels.values.info as number
 
+  let hasAccessLines = logger.isLevelEnabled('info')
+
+  function toggleDebug (): void {
+    // `debug` would switch off a part of `trace`.
+    const isVerbose = logger.isLevelEnabled('debug')
+    const next = isVerbose ? level : 'debug'
+    // The line is written at the more verbose of both levels, so it always appears.
+    if (!isVerbose) logger.level = next
+    logger.warn({ log_level: next, hint: 'SIGUSR2 toggles debug' }, 'log level set')
+    logger.level = next
+    hasAccessLines = logger.isLevelEnabled('info')
+  }
+
   function logRequest ({ method, route, status, ms, requestId, caller, insertId, sent, details }: AccessLine): void {
+    if (!hasAccessLines) return
     const added = details === undefined ? '' : `${JSON.stringify(details).slice(1, -1)},`
     destination.write(`{"level":${info},"time":${Date.now()},"method":"${method}",` +
       `"route":${route === undefined ? null : `"${route}"`},"status":${status},"ms":${ms},` +
@@ -44,7 +59,8 @@ export function createLog (
   }
   return {
     logger,
-    logRequest: logger.isLevelEnabled('info') ? logRequest : () => {},
+    logRequest,
+    toggleDebug,
     /** Returns how many lines the destination has dropped. */
     dropped: () => destination.dropped?.() ?? 0
   }

@@ -9,6 +9,9 @@ for (const signal of END_SIGNALS) process.on(signal, exitDuringStart)
 process.on('SIGHUP', () => {})
 // By default SIGUSR1 opens Node's inspector on loopback, which all containers of a pod share.
 process.on('SIGUSR1', () => {})
+// By default SIGUSR2 ends the process. It toggles the log level once there is a log.
+let toggleDebug = () => {}
+process.on('SIGUSR2', () => toggleDebug())
 
 const { fstatSync, readFileSync } = await import('node:fs')
 type Config = import('./config.ts').Config
@@ -68,6 +71,7 @@ async function runServe (config: Config, _: string[], secrets: SecretFiles): Pro
     if (isResolving || isWaitingForDisk()) process.kill(process.pid, 'SIGKILL')
   })
   const log = createLog(config.LOG_LEVEL, destination)
+  toggleDebug = log.toggleDebug
   const { serviceLinks } = await import('./config.ts')
   for (const variable of serviceLinks(process.env)) {
     const hint = 'Kubernetes sets it for a Service; enableServiceLinks: false ends that'
@@ -108,7 +112,7 @@ const bareCommands = new Map(Object.entries({
 async function main (name = 'serve', args: string[]): Promise<void> {
   const runBare = bareCommands.get(name)
   if (runBare !== undefined) return runBare()
-  const { ConfigError, readConfig, secretFiles, SECRETS } = await import('./config.ts')
+  const { ConfigError, readConfig, secretFiles, sensitiveNames } = await import('./config.ts')
   const run = commands.get(name)
   if (run === undefined) {
     const names = [...commands.keys(), ...bareCommands.keys()].join(', ')
@@ -121,7 +125,7 @@ async function main (name = 'serve', args: string[]): Promise<void> {
     return String(texts.get(path))
   })
   // Keeps secrets out of child processes and diagnostic reports.
-  for (const secret of SECRETS) delete process.env[secret]
+  for (const name of sensitiveNames(env)) delete process.env[name]
   const reread = readConfig.bind(undefined, env)
   await run(config, args, { files: secretFiles(env), texts, reread })
 }

@@ -12,7 +12,7 @@ import { createDigestSet } from '#src/commands/digest-set.js'
 import { doctorCommand } from '#src/commands/doctor.js'
 import { verifyCommand } from '#src/commands/verify.js'
 import { dataUrl, exportEvents } from '#src/mixpanel/export.js'
-import { startGet } from '#src/mixpanel/get.js'
+import { startGet } from '#src/get.js'
 import { readConfig } from '#src/config.js'
 import { identity, leaks, startRelay, startSandbox, temporary, TOKEN, type Env } from './helper.ts'
 import { SERVER, startProcess, startServer } from './processes.ts'
@@ -174,7 +174,7 @@ t.test('a limit and a failure are waited for, as long as Mixpanel asks', async t
 
 t.test('a server that is silent is not waited for', async t => {
   const { url } = await startData(t, () => {})
-  await t.rejects(once(startGet(url, 50), 'response'), { code: 'ETIMEDOUT', message: 'no answer in 50 ms' })
+  await t.rejects(once(startGet(url, { timeoutMs: 50 }), 'response'), { code: 'ETIMEDOUT', message: 'no answer in 50 ms' })
 })
 
 t.test('days that have not begun are not asked for', async t => {

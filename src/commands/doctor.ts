@@ -7,7 +7,7 @@ import { parseArgs } from 'node:util'
 import type { Config } from '../config.ts'
 import { identifyEvent } from '../identity/event.ts'
 import { baseUrl, createMixpanel } from '../mixpanel/client.ts'
-import { startGet } from '../mixpanel/get.ts'
+import { startGet } from '../get.ts'
 import { UsageError } from './admin.ts'
 
 const TIMEOUT_MS = 5000
@@ -62,7 +62,7 @@ async function checkDns (base: URL): Promise<string> {
   return `${hostOf(base)} has ${addresses.map(({ address }) => address).join(', ')}.`
 }
 
-const get = (base: URL) => startGet(`${base.href.replace(/\/+$/, '')}/`, TIMEOUT_MS)
+const get = (base: URL) => startGet(`${base.href.replace(/\/+$/, '')}/`, { timeoutMs: TIMEOUT_MS })
 
 async function checkTls (base: URL): Promise<string> {
   const request = get(base)

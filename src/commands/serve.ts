@@ -8,6 +8,7 @@ import type { StatusSources } from '../http/status.ts'
 import { openMetrics } from '../metrics.ts'
 import { baseUrl, createMixpanel } from '../mixpanel/client.ts'
 import { directoryOf, openConnection, openOutbox } from '../outbox/open.ts'
+import { describeProxy, proxyFor } from '../proxy.ts'
 import { redisOutage, useRedisCredentials } from '../redis.ts'
 import { createRelay } from '../relay/relay.ts'
 import { watchSecrets, type SecretFiles } from '../secrets.ts'
@@ -87,6 +88,7 @@ export async function serve (
     document: async () => (await openapiDocument(config)).document
   })
   const mixpanel = baseUrl(config)
+  const proxy = proxyFor(config, mixpanel)
   for (const [fields, message] of weaknesses(config)) logger.warn(fields, message)
   const url = await app.listen({ host: config.HOST, port: config.PORT, backlog: BACKLOG })
 
@@ -118,7 +120,8 @@ export async function serve (
 
   let isClosingOutbox = false
   const delay = config.SHUTDOWN_DELAY_MS + config.SHUTDOWN_TIMEOUT_MS + CLOSING_MS
-  const { close } = closeWithGrace({ delay, logger, skip: ['beforeExit', 'SIGHUP'] }, async ({ signal, err }) => {
+  const skip: closeWithGrace.Options['skip'] = ['beforeExit', 'SIGHUP', 'SIGUSR2']
+  const { close } = closeWithGrace({ delay, logger, skip }, async ({ signal, err }) => {
     if (err) logger.fatal({ err }, 'unhandled error')
     else logger.info({ signal }, 'shutdown started')
     app.beginShutdown()
@@ -139,7 +142,8 @@ export async function serve (
     hint: 'the settings of the project in Mixpanel show its mode (Identity Merge)'
   }
   logger.info(mode, 'mode of the project')
-  logger.info({ mixpanel, endpoint: config.MIXPANEL_ENDPOINT }, `Server listening at ${url}`)
+  const way = { mixpanel, endpoint: config.MIXPANEL_ENDPOINT, ...proxy && { proxy: describeProxy(proxy) } }
+  logger.info(way, `Server listening at ${url}`)
   return { end: close, isWaitingForDisk: () => isClosingOutbox }
 }
 

@@ -1,3 +1,4 @@
+import { TunnelError } from '../proxy.ts'
 import type { Failure, Taken, Verdict } from '../identity/verdict.ts'
 
 /**
@@ -77,16 +78,18 @@ export function interpretBody (status: number, text: string, mask: Mask = reason
 }
 
 /** Returns the answer when none came in full, by the error of undici or of the socket. */
-export function interpretError ({ name, code = name }: NodeJS.ErrnoException): Answer {
+export function interpretError (error: NodeJS.ErrnoException): Answer {
+  const { name, code = name } = error
   // These errors come before the connection is made.
-  const isUnsent = /^(ECONNREFUSED|ENOTFOUND|EAI_AGAIN|UND_ERR_CONNECT_TIMEOUT)$/.test(code)
+  const isTunnel = error instanceof TunnelError
+  const isUnsent = isTunnel || /^(ECONNREFUSED|ENOTFOUND|EAI_AGAIN|UND_ERR_CONNECT_TIMEOUT)$/.test(code)
   // Bytes that are not HTTP, too many headers or too large a body come from another server.
-  const isForeign = /^(HPE_|HTTPParserError|UND_ERR_HEADERS_OVERFLOW|UND_ERR_RES_EXCEEDED_MAX_SIZE)/.test(code)
+  const isForeign = !isTunnel && /^(HPE_|HTTPParserError|UND_ERR_HEADERS_OVERFLOW|UND_ERR_RES_EXCEEDED_MAX_SIZE)/.test(code)
   const failure = isForeign ? 'mixpanel_misanswered' : 'mixpanel_unreachable'
   return {
     code: /TIMEOUT|ETIMEDOUT/.test(code) ? 'mixpanel_timed_out' : failure,
     taken: isUnsent ? 'no' : 'unknown',
-    cause: code,
+    cause: isTunnel ? error.message : code,
     isTransient: true
   }
 }

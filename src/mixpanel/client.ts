@@ -1,11 +1,13 @@
 import type undici from 'undici'
 import type { Config } from '../config.ts'
 import { throttled, type Log } from '../log.ts'
+import { proxyFor } from '../proxy.ts'
 import { parseEvent, type PendingEvent } from '../identity/event.ts'
 import { interpretBody, interpretError, interpretStatus, type Answer } from './answer.ts'
 import { createCredentials } from './credentials.ts'
 import { encodeRequest, type EncodedRequest, type EncodeOptions } from './encode.ts'
 import { Pool } from './pool.ts'
+import { createConnector } from './connector.ts'
 
 export type Mixpanel = ReturnType<typeof createMixpanel>
 
@@ -43,6 +45,7 @@ export function createMixpanel (config: Config, log?: Pick<Log, 'warn'>) {
   const credentials = createCredentials(config)
   const { origin, pathname } = new URL(baseUrl(config))
   const prefix = pathname === '/' ? '' : pathname
+  const proxy = proxyFor(config, origin)
   const pool = new Pool(origin, {
     connections: MAX_SENDS,
     // Makes the pool follow DNS: otherwise a busy pool never resolves its host again.
@@ -53,14 +56,16 @@ export function createMixpanel (config: Config, log?: Pick<Log, 'warn'>) {
     // `send` has a timer of its own.
     headersTimeout: 0,
     bodyTimeout: 0,
-    connect: {
-      timeout: config.MIXPANEL_TIMEOUT_MS,
-      autoSelectFamily: true,
-      // Node's default of 250 ms is less than the round trip to a distant region.
-      autoSelectFamilyAttemptTimeout: 400,
-      // NODE_TLS_REJECT_UNAUTHORIZED must not let the token reach another server.
-      rejectUnauthorized: true
-    }
+    connect: proxy === undefined
+      ? {
+          timeout: config.MIXPANEL_TIMEOUT_MS,
+          autoSelectFamily: true,
+          // Node's default of 250 ms is less than the round trip to a distant region.
+          autoSelectFamilyAttemptTimeout: 400,
+          // NODE_TLS_REJECT_UNAUTHORIZED must not let the token reach another server.
+          rejectUnauthorized: true
+        }
+      : createConnector(proxy, config.MIXPANEL_TIMEOUT_MS)
   })
 
   return {
@@ -87,9 +92,9 @@ export function createMixpanel (config: Config, log?: Pick<Log, 'warn'>) {
       let isTimedOut = false
       function timeOut (): void {
         isTimedOut = true
-        resolve({
-          code: 'mixpanel_timed_out', taken: 'unknown', cause: `no answer in ${timeoutMs} ms`, isTransient: true
-        })
+        // Without a connection nothing was sent, and nothing will be.
+        const [taken, what] = controller === undefined ? ['no', 'connection'] as const : ['unknown', 'answer'] as const
+        resolve({ code: 'mixpanel_timed_out', taken, cause: `no ${what} in ${timeoutMs} ms`, isTransient: true })
         controller?.abort(new Error('timed out'))
       }
       // Timers run before sockets are read. An answer that arrived during a stall of this process must be read first.

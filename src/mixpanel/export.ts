@@ -5,8 +5,9 @@ import { StringDecoder } from 'node:string_decoder'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { createGunzip } from 'node:zlib'
 import type { Config } from '../config.ts'
+import { startGet } from '../get.ts'
+import { proxyFor, TunnelError, type Proxy } from '../proxy.ts'
 import { createCredentials } from './credentials.ts'
-import { startGet } from './get.ts'
 
 const BASE_URLS = {
   us: 'https://data.mixpanel.com', eu: 'https://data-eu.mixpanel.com', in: 'https://data-in.mixpanel.com'
@@ -56,6 +57,7 @@ export async function * exportEvents (
   config: Config, { from, to, event }: Query, pause = (seconds: number): Promise<unknown> => sleep(seconds * 1000)
 ): AsyncGenerator<ExportedEvent[]> {
   const { mask } = createCredentials(config)
+  const proxy = proxyFor(config, dataUrl(config))
   const today = new Date().toISOString().slice(0, 10)
   // Mixpanel refuses days that have not begun.
   const lastDay = to > today ? today : to
@@ -78,14 +80,14 @@ export async function * exportEvents (
     const url = `${dataUrl(config)}/api/2.0/export?${query}`
     const headers = { authorization: `Basic ${account}`, 'accept-encoding': 'gzip' }
     for (let tries = 1; tries < MAX_TRIES; tries++) {
-      const answer = await get(url, headers)
+      const answer = await get(url, headers, proxy)
       const { statusCode: status = 0, headers: { 'retry-after': retryAfter } } = answer
       if (status !== 429 && status < 500) return answer
       answer.destroy()
       const backoff = Math.min(2 ** tries, 60) + 1 + Math.random() * 4
       await pause(Number(retryAfter) > 0 ? Math.min(Number(retryAfter), MAX_WAIT_SECONDS) : backoff)
     }
-    return get(url, headers)
+    return get(url, headers, proxy)
   }
 
   function refusal (status: number, text: string): ExportError {
@@ -101,12 +103,16 @@ export async function * exportEvents (
 }
 
 /** Resolves with an answer, whose body is read no faster than it is used. */
-async function get (url: string, headers: Record<string, string>): Promise<IncomingMessage> {
+async function get (
+  url: string, headers: Record<string, string>, proxy: Proxy | undefined
+): Promise<IncomingMessage> {
   try {
-    const [answer] = await once(startGet(url, SILENCE_MS, headers), 'response') as [IncomingMessage]
+    const request = startGet(url, { timeoutMs: SILENCE_MS, headers, proxy })
+    const [answer] = await once(request, 'response') as [IncomingMessage]
     return answer
   } catch (error) {
-    throw new ExportError(`Mixpanel cannot be reached (${(error as NodeJS.ErrnoException).code})`)
+    const cause = error instanceof TunnelError ? error.message : (error as NodeJS.ErrnoException).code
+    throw new ExportError(`Mixpanel cannot be reached (${cause})`)
   }
 }
 

@@ -1,6 +1,10 @@
 import { createLocalJWKSet, type JSONWebKeySet, type JWTVerifyGetKey } from 'jose'
+import { once } from 'node:events'
+import type { IncomingMessage } from 'node:http'
 import { isDeepStrictEqual } from 'node:util'
+import { startGet } from '../../get.ts'
 import type { Log } from '../../log.ts'
+import { TunnelError, type Proxy } from '../../proxy.ts'
 
 const REFRESH_MS = 300_000
 /** The shortest time between two requests that unknown keys cause, and the time until a failed request is repeated. */
@@ -14,6 +18,8 @@ interface Options {
   log: Log
   /** Called when the keys have changed. */
   onChange: () => void
+  /** The proxy through which the keys are fetched. */
+  proxy?: Proxy | undefined
   refreshMs?: number
   cooldownMs?: number
 }
@@ -24,8 +30,8 @@ interface Options {
  * While the server is down, or answers with no keys, the known keys stay: jose's own remote set would drop them.
  */
 export async function createJwks (url: string, options: Options) {
-  const { log, onChange, refreshMs = REFRESH_MS, cooldownMs = COOLDOWN_MS } = options
-  let jwks = await fetchKeys(url).catch((error: Error) => {
+  const { log, onChange, proxy, refreshMs = REFRESH_MS, cooldownMs = COOLDOWN_MS } = options
+  let jwks = await fetchKeys(url, proxy).catch((error: Error) => {
     throw new Error(`JWT_JWKS_URL: no keys can be fetched (${causeOf(error)})`)
   })
   let keys = createLocalJWKSet(jwks)
@@ -46,7 +52,7 @@ export async function createJwks (url: string, options: Options) {
 
   async function update (): Promise<void> {
     try {
-      const fetched = await fetchKeys(url)
+      const fetched = await fetchKeys(url, proxy)
       if (isStale) log.info({}, 'JWKS available again')
       isStale = false
       if (isDeepStrictEqual(fetched, jwks)) return
@@ -86,16 +92,24 @@ export async function createJwks (url: string, options: Options) {
 }
 
 /** Resolves with the signing keys at `url`. Rejects when there are none, or when the answer is too slow or too long. */
-async function fetchKeys (url: string): Promise<JSONWebKeySet> {
+async function fetchKeys (url: string, proxy: Proxy | undefined): Promise<JSONWebKeySet> {
   const signal = AbortSignal.timeout(TIMEOUT_MS)
-  const response = await fetch(url, { redirect: 'error', signal, headers: { accept: 'application/json' } })
-  if (response.status !== 200 || response.body === null) throw new Error(`status ${response.status}`)
-  const chunks: Uint8Array[] = []
-  let length = 0
-  for await (const chunk of response.body) {
-    length += chunk.length
-    if (length > MAX_BYTES) throw new Error(`more than ${MAX_BYTES} bytes`)
-    chunks.push(chunk)
+  const headers = { accept: 'application/json', 'accept-encoding': 'identity' }
+  const request = startGet(url, { timeoutMs: TIMEOUT_MS, headers, proxy, signal })
+  const chunks: Buffer[] = []
+  try {
+    const [response] = await once(request, 'response') as [IncomingMessage]
+    if (response.statusCode !== 200) throw new Error(`status ${response.statusCode}`)
+    let length = 0
+    for await (const chunk of response) {
+      length += chunk.length
+      if (length > MAX_BYTES) throw new Error(`more than ${MAX_BYTES} bytes`)
+      chunks.push(chunk)
+    }
+  } catch (error) {
+    throw signal.aborted ? new Error(`no answer in ${TIMEOUT_MS} ms`) : error
+  } finally {
+    request.destroy()
   }
   const { keys } = parse(Buffer.concat(chunks).toString())
   const usable = Array.isArray(keys) ? keys.filter(isSigningKey).slice(0, MAX_KEYS) : []
@@ -117,7 +131,6 @@ const isSigningKey = (key: unknown) => {
   return ['RSA', 'EC', 'OKP'].includes(String(kty)) && use === 'sig'
 }
 
-function causeOf (error: Error): string {
-  const cause = error.cause as NodeJS.ErrnoException | undefined
-  return cause?.code ?? cause?.message ?? error.message
+function causeOf (error: NodeJS.ErrnoException): string {
+  return error instanceof TunnelError ? error.message : error.code ?? error.message
 }

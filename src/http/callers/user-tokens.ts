@@ -5,6 +5,7 @@ import { createSemaphore } from '../../concurrency/semaphore.ts'
 import type { Config } from '../../config.ts'
 import { MAX_ID_BYTES } from '../../identity/ids.ts'
 import type { Log } from '../../log.ts'
+import { proxyFor } from '../../proxy.ts'
 import { shortDigest, type Caller } from './caller.ts'
 import { createJwks } from './jwks.ts'
 
@@ -41,7 +42,9 @@ export async function createUserTokens (config: Config, log: Log) {
   const verifying = createSemaphore(MAX_VERIFYING)
   /** Rises with each change of the keys. */
   let generation = 0
-  const jwks = url === undefined ? undefined : await createJwks(url, { log, onChange: forgetAll })
+  const jwks = url === undefined
+    ? undefined
+    : await createJwks(url, { log, onChange: forgetAll, proxy: proxyFor(config, url) })
   let secret = config.JWT_SECRET
   let key = keyOf(secret)
   const options = {
