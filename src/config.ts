@@ -65,7 +65,8 @@ export function readConfig (env: Env, readFile: (path: string) => string): Confi
   for (const [name, schema] of Object.entries<TSchema>(Environment.properties)) {
     const isFile = schema.secret === true && Boolean(env[`${name}_FILE`])
     const given = nameIn(env, name)
-    const raw = isFile ? secretFromFile(name, env, readFile, mistakes) : links.includes(name) ? '' : env[given]
+    const text = isFile ? secretFromFile(name, env, readFile, mistakes) : links.includes(name) ? '' : env[given]
+    const raw = schema.isPadded === true ? text?.trim() : text
     if (raw && schema.type === 'string' && !isBare(raw)) {
       mistakes.set(name, `${given} must not have white space or quotes around its value.`)
     }

@@ -108,9 +108,7 @@ export const Environment = Type.Object({
   METRICS_HOST: Type.Optional(Type.String({ pattern: HOST_PATTERN, rule: HOST_RULE })),
   HTTPS_PROXY: proxyUrl(),
   HTTP_PROXY: proxyUrl(),
-  NO_PROXY: Type.Optional(Type.String({
-    pattern: '^[^"\'`]+$', lowerCase: true, rule: 'must be a list of hosts without quotes, separated by commas'
-  })),
+  NO_PROXY: Type.Optional(Type.String({ lowerCase: true, isPadded: true })),
   LOG_LEVEL: oneOf(['fatal', 'error', 'warn', 'info', 'debug', 'trace', 'silent'], 'info'),
   TRUST_PROXY: list(
     'network', 'must be a comma-separated list of IP addresses or CIDR ranges, none of them /0 or IPv4-mapped'

@@ -43,7 +43,7 @@ export function createTunnels ({ url }: Pick<Proxy, 'url'>, timeoutMs: number) {
     const options = {
       method: 'CONNECT',
       host: bare(url.hostname),
-      port: url.port || (url.protocol === 'https:' ? 443 : 80),
+      port: url.port,
       path: authority,
       headers: { host: authority, connection: 'keep-alive', 'proxy-connection': 'keep-alive', ...credentials(url) },
       agent: false,
