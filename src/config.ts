@@ -3,7 +3,8 @@ import type { Static, TSchema } from '@sinclair/typebox'
 import { Value } from '@sinclair/typebox/value'
 import { Environment, isLoopback, splitApiKey } from './environment.ts'
 
-type Env = Record<string, string | undefined>
+/** Environment variables. */
+export type Env = Record<string, string | undefined>
 
 /** The error of `readConfig`. `message` has one line for each mistake, and no value of any variable. */
 export class ConfigError extends Error {

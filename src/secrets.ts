@@ -80,7 +80,7 @@ export function watchSecrets ({ files, texts, reread, log, onChange, metrics = N
   async function checkAll (): Promise<void> {
     // One at a time: a file system that hangs then holds one of Node's threads, and the others serve.
     for (const [name, path] of files) {
-      const content = await read(path)
+      const content = await readSecret(path)
       if (isClosed) return
       check(name, path, content)
     }
@@ -97,7 +97,7 @@ export function watchSecrets ({ files, texts, reread, log, onChange, metrics = N
 }
 
 /** Resolves with the text of a regular file. A pipe, such as bash's <(command), can be read only once, at start. */
-async function read (path: string): Promise<Content> {
+export async function readSecret (path: string): Promise<Content> {
   try {
     // Without O_NONBLOCK the opening of a pipe would wait for its writer.
     const file = await open(path, constants.O_RDONLY | constants.O_NONBLOCK)

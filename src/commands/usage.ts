@@ -2,8 +2,9 @@ export const USAGE = `node dist/server.js [command]
 
   serve                     serve identities; the default
   healthcheck               exit 0 if the relay on HOST and PORT is alive
-  check-config              check the environment
-  doctor [--id-merge]       check the way to Mixpanel; with --id-merge also the mode of the project
+  check-config              check and print the configuration, without secrets
+  doctor [--id-merge]       check the way to Mixpanel, the token, Redis and the disk of the outbox; with --id-merge
+                            also the mode of the project
   verify --from DAY --to DAY [--sent FILE] [--all]
                             compare what was sent with what Mixpanel has merged
   outbox list               print the queued identities

@@ -5,7 +5,7 @@ import { proxyFor } from '../proxy.ts'
 import { parseEvent, type PendingEvent } from '../identity/event.ts'
 import { interpretBody, interpretError, interpretStatus, type Answer } from './answer.ts'
 import { createCredentials } from './credentials.ts'
-import { encodeRequest, type EncodedRequest, type EncodeOptions } from './encode.ts'
+import { encodeNothing, encodeRequest, type EncodedRequest, type EncodeOptions } from './encode.ts'
 import { Pool } from './pool.ts'
 import { createConnector } from './connector.ts'
 
@@ -78,6 +78,9 @@ export function createMixpanel (config: Config, log?: Pick<Log, 'warn'>) {
     /** Returns the request for some events, ready for `send`. */
     encode: (events: PendingEvent[], options: EncodeOptions = {}) =>
       encodeRequest(events, options, credentials, config),
+
+    /** Returns a request that asks `/import` for the credentials alone: its empty record is not stored. */
+    encodeNothing: () => encodeNothing(credentials, config),
 
     /**
      * Sends a request once. Resolves within `timeoutMs`; after a stall of this process, as soon as it runs again.

@@ -33,12 +33,7 @@ export function encodeRequest (
   const { endpoint = config.MIXPANEL_ENDPOINT, strict = false, verbose = false } = options
   const list = events.map(({ json }) => withToken(json)).join()
   if (endpoint === 'import') {
-    const { MIXPANEL_PROJECT_ID: project } = config
-    return {
-      path: `/import?strict=1${project === undefined ? '' : `&project_id=${project}`}`,
-      headers: { 'content-type': 'application/json', authorization: basic() },
-      body: Buffer.from(`[${list}]`)
-    }
+    return importRequest('strict=1', list, basic(), config)
   }
   const isStrict = strict || config.MIXPANEL_STRICT === '1'
   const json = events.length === 1 ? list : `[${list}]`
@@ -48,5 +43,22 @@ export function encodeRequest (
     headers: { 'content-type': 'application/x-www-form-urlencoded' },
     // Given a string, undici would keep a buffer as well.
     body: Buffer.from(`data=${encodeURIComponent(json)}${isStrict ? '&strict=1' : ''}`, 'latin1')
+  }
+}
+
+/**
+ * Returns a request to `/import` with an empty record, which stores nothing. Mixpanel checks the credentials first:
+ * 401 or 403 if they are wrong, otherwise `data, missing or empty`.
+ */
+export const encodeNothing = ({ basic }: Credentials, config: Config): EncodedRequest =>
+  importRequest('strict=0&verbose=1', '{}', basic(), config)
+
+function importRequest (
+  query: string, list: string, authorization: string, { MIXPANEL_PROJECT_ID: project }: Config
+): EncodedRequest {
+  return {
+    path: `/import?${query}${project === undefined ? '' : `&project_id=${project}`}`,
+    headers: { 'content-type': 'application/json', authorization },
+    body: Buffer.from(`[${list}]`)
   }
 }

@@ -4,11 +4,8 @@ import {
 import { dirname, join } from 'node:path'
 import { geteuid } from 'node:process'
 import Database from 'libsql'
-import { DirectoryInUse, type Disk } from './outbox.ts'
+import { DirectoryInUse, reservedBytes, type Disk } from './outbox.ts'
 import { migrate, RECOUNT } from './statements.ts'
-
-/** Free disk space for emptying the outbox, which writes as well. On a small disk it is a tenth of the disk. */
-const RESERVED_BYTES = 16 * 1024 * 1024
 
 /** How long a commit waits for another program that reads or locks the file. */
 const BUSY_TIMEOUT_MS = 1000
@@ -75,10 +72,10 @@ export function openDirectory (directory: string) {
 
     /** Returns true if the disk has room only for emptying the outbox. */
     isDiskLow (): boolean {
-      const { bavail, blocks, bsize } = statfsSync(directory)
+      const disk = statfsSync(directory)
       // The next checkpoint copies new pages from the WAL to the file, and the WAL keeps its size.
       const walOnlyBytes = pragma('page_count') * pragma('page_size') - statSync(file).size
-      return bavail * bsize + unusedBytes() - walOnlyBytes < Math.min(RESERVED_BYTES, blocks * bsize / 10)
+      return disk.bavail * disk.bsize + unusedBytes() - walOnlyBytes < reservedBytes(disk)
     },
 
     /** Moves all changes from the WAL, which keeps earlier contents, to the file. */

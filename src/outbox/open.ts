@@ -36,9 +36,12 @@ const WEAK_FILE_SYSTEMS = new Map([
   [0xfe534d42, 'SMB 2'], [0x01021997, '9p']
 ])
 
+/** Returns the name of a directory's file system if a 202 is worth less there, otherwise undefined. */
+export const weakFileSystem = (directory: string) => WEAK_FILE_SYSTEMS.get(statfsSync(directory).type)
+
 /** Logs a warning when a 202 is worth less on the file system of a directory. */
 function reportFileSystem (directory: string, log: Log): void {
-  const name = WEAK_FILE_SYSTEMS.get(statfsSync(directory).type)
+  const name = weakFileSystem(directory)
   const risk = 'queued identities may be lost when the machine or its network fails'
   if (name !== undefined) log.warn({ file_system: name, risk }, 'outbox on a weak file system')
 }

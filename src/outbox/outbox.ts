@@ -81,6 +81,13 @@ export interface Outbox {
 /** The most entries in an outbox, dead letters included. A full outbox rejects `put`. */
 export const MAX_ENTRIES = 1_000_000
 
+/** Free disk space for emptying the outbox, which writes as well. */
+const RESERVED_BYTES = 16 * 1024 * 1024
+
+/** Returns the bytes that must stay free on the disk of an outbox, by its statfs(2): of a small disk a tenth. */
+export const reservedBytes = ({ blocks, bsize }: { blocks: number, bsize: number }) =>
+  Math.min(RESERVED_BYTES, blocks * bsize / 10)
+
 /** The most bytes of one `next`; the last entry may exceed it. */
 export const MAX_NEXT_BYTES = 1_000_000
 

@@ -1,0 +1,176 @@
+import { lookup } from 'node:dns/promises'
+import { once } from 'node:events'
+import type { IncomingMessage } from 'node:http'
+import { connect, isIP } from 'node:net'
+import { connect as connectTls, type TLSSocket } from 'node:tls'
+import type { Config } from '../../config.ts'
+import { startGet } from '../../get.ts'
+import { baseUrl } from '../../mixpanel/client.ts'
+import { describeProxy, proxyFor, type Proxy } from '../../proxy.ts'
+import { createTunnels, type Target } from '../../tunnel.ts'
+import { failed, ok, reasonOf, TIMEOUT_MS, warning, type Check, type Finding } from './check.ts'
+
+const DAY_MS = 86_400_000
+
+/** A certificate is renewed before that, or its renewal has failed. */
+const EXPIRY_WARNING_DAYS = 14
+
+/** Beyond the first the relay logs `clock differs from Mixpanel`. Beyond the second `/import` refuses every event. */
+const SKEW_WARNING_S = 60
+const SKEW_FAILURE_S = 3600
+
+/** Returns the checks of the way to Mixpanel, from the first hop to an answer, and of the clock. */
+export function networkChecks (config: Config): Check[] {
+  const base = new URL(baseUrl(config))
+  const isHttps = base.protocol === 'https:'
+  const target: Target = {
+    protocol: base.protocol, hostname: hostOf(base), port: base.port || (isHttps ? '443' : '80')
+  }
+  const proxy = proxyFor(config, base.href)
+  const hop: Target = proxy === undefined
+    ? target
+    : {
+        protocol: proxy.url.protocol,
+        hostname: hostOf(proxy.url),
+        port: proxy.url.port || (proxy.url.protocol === 'https:' ? '443' : '80')
+      }
+  const last = isHttps ? 'TLS' : proxy === undefined ? 'TCP' : 'proxy'
+  let date: string | undefined
+  return [
+    { name: 'region', needs: [], run: async () => checkRegion(config, base) },
+    { name: 'DNS', needs: [], run: () => checkDns(hop.hostname) },
+    { name: 'TCP', needs: ['DNS'], run: signal => checkTcp(hop, signal) },
+    { name: 'proxy', needs: proxy === undefined ? [] : ['TCP'], run: () => checkProxy(config, proxy, target) },
+    ...isHttps
+      ? [{ name: 'TLS', needs: ['TCP', 'proxy'], run: (signal: AbortSignal) => checkTls(proxy, target, signal) }]
+      : [],
+    {
+      name: 'HTTP',
+      needs: [last],
+      async run (signal) {
+        const request = startGet(`${base.href.replace(/\/+$/, '')}/`, { timeoutMs: TIMEOUT_MS, proxy, signal })
+        const [{ statusCode: status = 0, headers }] = await once(request, 'response') as [IncomingMessage]
+        request.destroy()
+        date = headers.date
+        const text = `it answered ${status}`
+        if (status >= 500) return failed(text, 'Mixpanel, or a gateway, is failing: try again later')
+        return ok(`${text}, which does not say that the token is right`)
+      }
+    },
+    { name: 'clock', needs: [last], run: async () => checkClock(date) }
+  ]
+}
+
+const hostOf = ({ hostname }: URL) => hostname.replace(/^\[|\]$/g, '')
+
+function checkRegion (config: Config, base: URL): Finding {
+  const source = config.MIXPANEL_URL === undefined ? `MIXPANEL_REGION=${config.MIXPANEL_REGION}` : 'MIXPANEL_URL'
+  return ok(`the host is ${base.host}, by ${source}. Mixpanel takes tokens of other regions without an error, so the ` +
+    'settings of the project must show the same region')
+}
+
+async function checkDns (hostname: string): Promise<Finding> {
+  try {
+    const addresses = await lookup(hostname, { all: true })
+    const list = (family: number) =>
+      addresses.filter(one => one.family === family).map(({ address }) => address).join(', ') || 'none'
+    return ok(`${hostname} has IPv4 ${list(4)}; IPv6 ${list(6)}`)
+  } catch (error) {
+    return failed(reasonOf(error), `check the name ${hostname} and the name server in /etc/resolv.conf`)
+  }
+}
+
+/** Connects to the first address of each family. */
+async function checkTcp ({ hostname, port }: Target, signal: AbortSignal): Promise<Finding> {
+  const addresses = await lookup(hostname, { all: true })
+  const firsts = [4, 6].flatMap(family => addresses.find(one => one.family === family) ?? [])
+  const results = await Promise.all(firsts.map(async ({ address, family }) => {
+    const since = performance.now()
+    const socket = connect({ host: address, port: Number(port) })
+    // Shorter than the time of the whole check, which would hide the other family.
+    const timer = setTimeout(() => socket.destroy(new Error('no answer')), TIMEOUT_MS - 500)
+    const cause = await once(socket, 'connect', { signal }).then(() => undefined, reasonOf)
+    clearTimeout(timer)
+    socket.destroy()
+    return { cause, text: `IPv${family} ${cause ?? `in ${Math.round(performance.now() - since)} ms`}` }
+  }))
+  const text = `${hostname}:${port} ${results.map(result => result.text).join('; ')}`
+  if (results.every(({ cause }) => cause !== undefined)) {
+    return failed(text, 'check the firewall, egress rules and whether HTTPS_PROXY is needed')
+  }
+  // An address without a route fails at once and delays nothing.
+  if (results.every(({ cause }) => cause !== 'no answer')) return ok(text)
+  return warning(text, 'new connections try the silent family too: give it a route, or none at all')
+}
+
+async function checkProxy (config: Config, proxy: Proxy | undefined, target: Target): Promise<Finding> {
+  const url = config.HTTPS_PROXY ?? config.HTTP_PROXY
+  if (proxy === undefined) {
+    return ok(url === undefined
+      ? 'none is set'
+      : `${describeProxy({ url: new URL(url) })} is not for ${target.protocol}//${target.hostname}`)
+  }
+  const name = `${proxy.variable} ${describeProxy(proxy)}`
+  const authority = `${target.hostname}:${target.port}`
+  try {
+    const socket = await createTunnels(proxy, TIMEOUT_MS - 500)({ ...target, protocol: 'http:' })
+    socket.destroy()
+    return ok(`${name} makes a tunnel to ${authority}`)
+  } catch (error) {
+    const text = `${name} makes no tunnel to ${authority}: ${reasonOf(error)}`
+    return failed(text, / 407$/.test(text)
+      ? `put the right user and password into ${proxy.variable}, percent-encoded`
+      : `the proxy must permit CONNECT to ${authority}, or NO_PROXY must name ${target.hostname}`)
+  }
+}
+
+async function checkTls (proxy: Proxy | undefined, target: Target, signal: AbortSignal): Promise<Finding> {
+  let socket: TLSSocket
+  try {
+    socket = proxy === undefined
+      ? await handshake(target, signal)
+      : await createTunnels(proxy, TIMEOUT_MS - 500)(target) as TLSSocket
+  } catch (error) {
+    return failed(reasonOf(error), tlsHint(String((error as NodeJS.ErrnoException).code)))
+  }
+  const { valid_to: until, issuer } = socket.getPeerCertificate()
+  const text = `${socket.getProtocol()}, and the certificate is valid until ${until}. It was issued by ` +
+    `${issuer.O ?? issuer.CN}`
+  socket.destroy()
+  const days = Math.floor((Date.parse(until) - Date.now()) / DAY_MS)
+  if (days >= EXPIRY_WARNING_DAYS) return ok(text)
+  return warning(text, `it expires in ${days} days: whoever runs ${target.hostname} must renew it`)
+}
+
+async function handshake ({ hostname, port }: Target, signal: AbortSignal): Promise<TLSSocket> {
+  const socket = connectTls({
+    host: hostname,
+    port: Number(port),
+    servername: isIP(hostname) === 0 ? hostname : '',
+    ALPNProtocols: ['http/1.1'],
+    rejectUnauthorized: true
+  })
+  signal.addEventListener('abort', () => socket.destroy())
+  await once(socket, 'secureConnect', { signal })
+  return socket.on('error', () => {})
+}
+
+/** Returns what to do after a failed handshake with this code. */
+function tlsHint (code: string): string {
+  if (code === 'CERT_HAS_EXPIRED') return 'renew the certificate of the server, or set this clock'
+  if (code === 'ERR_TLS_CERT_ALTNAME_INVALID') return 'the certificate is for another host: check the URL'
+  if (/CERT|ISSUER|SIGN/.test(code)) {
+    return 'a proxy or gateway has a certificate of its own: name the file of its CA in NODE_EXTRA_CA_CERTS'
+  }
+  return 'check that the port speaks TLS, and that no firewall breaks it'
+}
+
+function checkClock (date: string | undefined): Finding {
+  const seconds = Math.round((Date.now() - Date.parse(String(date))) / 1000)
+  if (Number.isNaN(seconds)) return warning('it cannot be told: the answer has no Date', 'check that NTP runs')
+  const text = `${Math.abs(seconds)} s ${seconds < 0 ? 'behind' : 'ahead of'} Mixpanel`
+  if (Math.abs(seconds) > SKEW_FAILURE_S) {
+    return failed(text, 'run NTP: Mixpanel refuses times of the future and drops old events')
+  }
+  return Math.abs(seconds) > SKEW_WARNING_S ? warning(text, 'run NTP: events have a wrong time') : ok(text)
+}
