@@ -5,6 +5,11 @@ import { pino, type Logger } from 'pino'
 /** The logger methods that most modules need. A pino logger has them. */
 export type Log = Record<'debug' | 'info' | 'warn' | 'error', (fields: object, message: string) => void>
 
+const noop = () => {}
+
+/** Logs nothing. */
+export const silentLog: Log = { debug: noop, info: noop, warn: noop, error: noop }
+
 export interface AccessLine {
   method: string
   /** The route's pattern, or undefined when no route matches. Never the URL, whose query may contain anything. */

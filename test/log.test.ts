@@ -4,7 +4,7 @@ import { join } from 'node:path'
 import { Writable } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
-import { createDestination, fileSink, streamSink, throttled, type Sink } from '#src/log.js'
+import { createDestination, createLog, fileSink, streamSink, throttled, type Sink } from '#src/log.js'
 import { identity, listen, startRelay, temporary } from './helper.ts'
 
 /** A sink that a test stalls and breaks. */
@@ -42,6 +42,33 @@ t.test('a request has one log line, without ids, query or secrets, and a health 
     { msg: 'request completed', method: 'GET', route: null, status: 404, code: 'not_found' }
   ])
   t.notMatch(lines.join(''), /alice|CANARY|secret/)
+})
+
+t.test('toggleDebug switches to debug and back, with a line for each', async t => {
+  const access = { method: 'GET', route: undefined, status: 200, ms: 1, requestId: 'a', caller: 'anonymous', insertId: undefined, sent: undefined, details: undefined }
+  const rows: [level: string, lines: string[]][] = [
+    ['info', ['request completed', 'debug', 'a detail', 'request completed', 'info', 'request completed']],
+    ['warn', ['debug', 'a detail', 'request completed', 'warn']],
+    ['silent', ['debug', 'a detail', 'request completed', 'silent']],
+    ['debug', ['a detail', 'request completed', 'debug', 'a detail', 'request completed', 'debug', 'a detail', 'request completed']],
+    ['trace', ['a detail', 'request completed', 'trace', 'a detail', 'request completed', 'trace', 'a detail', 'request completed']]
+  ]
+  for (const [level, expected] of rows) {
+    const written: { msg: string, log_level?: string, level: number }[] = []
+    const { logger, logRequest, toggleDebug } = createLog(level, { write: line => { written.push(JSON.parse(line)) } })
+    const log = () => {
+      logger.debug('a detail')
+      logRequest(access)
+    }
+    log()
+    toggleDebug()
+    log()
+    toggleDebug()
+    log()
+    const seen = written.map(({ msg, log_level: set }) => set ?? msg)
+    t.same(seen, expected, level)
+    t.ok(written.filter(line => line.log_level).every(line => line.level === 40 && line.msg === 'log level set'))
+  }
 })
 
 t.test('a line says what was wrong, and which trace it belongs to', async t => {

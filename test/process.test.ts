@@ -31,12 +31,6 @@ t.test('a command that fails exits with 1 and one sentence for each mistake', as
   }
 })
 
-t.test('check-config prints the address of the relay and of Mixpanel', async t => {
-  const { exit, output } = startProcess(t, SERVER, ['check-config'], { MIXPANEL_TOKEN: TOKEN, MIXPANEL_REGION: 'eu' }, { isCovered: true })
-  t.equal(await exit, 0)
-  t.equal(output(), 'The configuration is valid: http://127.0.0.1:8080 relays to https://api-eu.mixpanel.com.\n')
-})
-
 t.test('openapi prints openapi.yaml', async t => {
   const { exit, output } = startProcess(t, SERVER, ['openapi'], { MIXPANEL_TOKEN: TOKEN, LOG_LEVEL: 'silent' }, { isCovered: true })
   t.equal(await exit, 0)
@@ -81,6 +75,28 @@ t.test('the sandbox imitates one of three modes', async t => {
   const wrong = startProcess(t, 'dist/sandbox/server.js', [], { SANDBOX_MODE: 'other' }, { isCovered: true })
   t.equal(await wrong.exit, 1)
   t.match(wrong.output(), /SANDBOX_MODE must be original, simplified or legacy/)
+})
+
+t.test('SIGUSR2 toggles debug at run time, and neither it nor SIGUSR1 stops anything', async t => {
+  const { url: upstream } = await startSandbox(t)
+  // It says when its handlers are there, and then loads the rest of the program.
+  const ready = 'data:text/javascript,process.on("newListener", name => { if (name === "SIGUSR2") console.log("handled") })'
+  const early = startProcess(t, SERVER, [], { MIXPANEL_TOKEN: TOKEN, MIXPANEL_URL: upstream, PORT: '0', NODE_OPTIONS: `--import=${encodeURI(ready)}` })
+  await early.until(/handled/)
+  for (const signal of ['SIGUSR1', 'SIGUSR2'] as const) early.child.kill(signal)
+  await early.until(/Server listening/)
+  early.child.kill('SIGTERM')
+  t.equal(await early.exit, 0)
+  const { child, exit, output, until, post } = await startServer(t, upstream, {}, { isCovered: true })
+  child.kill('SIGUSR2')
+  await until(/"level":40,.*"log_level":"debug".*"log level set"/)
+  t.equal((await post()).status, 200)
+  child.kill('SIGUSR2')
+  await until(/"log_level":"info"/)
+  t.equal((await post()).status, 200)
+  child.kill('SIGTERM')
+  t.equal(await exit, 0)
+  t.notMatch(output(), /"signal":"SIGUSR/)
 })
 
 t.test('an exception outside of requests is logged, and the process exits with 1', async t => {

@@ -130,7 +130,8 @@ t.test('a tunnel that is not made is a failure after which nothing was sent, wit
   t.equal(proxy.requests.length, asked + 1, 'a proxy that hangs up is asked once')
   t.match(await sendOnce({ ...env, HTTP_PROXY: await startRaw(t, 'SSH-2.0-OpenSSH\r\n') }), unsent(/^proxy: HPE_/))
   t.match(await sendOnce({ ...env, HTTP_PROXY: 'http://127.0.0.1:9' }), unsent('proxy: ECONNREFUSED'))
-  t.match(await sendOnce({ ...env, HTTP_PROXY: 'http://proxy.invalid' }), unsent(/^proxy: (ENOTFOUND|EAI_AGAIN)/))
+  // A label of 64 bytes needs no name server.
+  t.match(await sendOnce({ ...env, HTTP_PROXY: `http://${'x'.repeat(64)}` }), unsent(/^proxy: (ENOTFOUND|EAI_)/))
   // The proxy speaks no TLS.
   t.match(await sendOnce({ ...env, HTTP_PROXY: proxy.url.replace('http:', 'https:') }), unsent(/^proxy: /))
   const mute = await startProxy(t, { answer: () => {} })

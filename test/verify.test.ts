@@ -9,7 +9,6 @@ import { Readable } from 'node:stream'
 import { gzipSync } from 'node:zlib'
 import { t, type Test } from 'tap'
 import { createDigestSet } from '#src/commands/digest-set.js'
-import { doctorCommand } from '#src/commands/doctor.js'
 import { verifyCommand } from '#src/commands/verify.js'
 import { dataUrl, exportEvents } from '#src/mixpanel/export.js'
 import { startGet } from '#src/get.js'
@@ -239,48 +238,6 @@ t.test('verify reads the log and the export of a relay, as processes', async t =
   const broken = startProcess(t, SERVER, ['verify', ...days], env)
   t.equal(await broken.exit, 1)
   t.match(broken.output(), /It cannot be told what merged/)
-})
-
-t.test('doctor looks at the way to Mixpanel and sends no identity; --id-merge asks for the mode', async t => {
-  const sandbox = await startSandbox(t)
-  const run = async (args: string[], env: Env, options = {}) => {
-    const { exit, output } = startProcess(t, SERVER, ['doctor', ...args], { MIXPANEL_TOKEN: TOKEN, MIXPANEL_URL: sandbox.url, ...env }, options)
-    return { code: await exit, output: output() }
-  }
-  const fine = await run([], {}, { isCovered: true })
-  t.equal(fine.code, 0)
-  t.match(fine.output, /sends to http:\/\/127.*MIXPANEL_REGION=us, MIXPANEL_URL is set.*MIXPANEL_ID_MERGE=original/)
-  t.match(fine.output, /ok {6}DNS: 127\.0\.0\.1 has 127\.0\.0\.1\.\nok {6}HTTP: it answered 200/)
-  t.equal(sandbox.requests.length, 0)
-  const right = await run(['--id-merge'], {}, { isCovered: true })
-  t.equal(right.code, 0)
-  t.match(right.output, /two equal ids.*stored, and free.*ok {6}mode: the project does not have Simplified ID Merge/s)
-  t.same(sandbox.ledger.rows().map(({ outcome }) => outcome), ['errSameIDs'], 'nothing merges')
-  t.match(await run(['--id-merge'], { MIXPANEL_ID_MERGE: 'simplified' }, { isCovered: true }), { code: 1, output: /FAILED {2}mode: the project needs MIXPANEL_ID_MERGE=original\n.*1 of 3 checks failed/s })
-  const simplified = await startSandbox(t, { mode: 'simplified' })
-  t.match(await run(['--id-merge'], { MIXPANEL_URL: simplified.url }), { code: 1, output: /the project needs MIXPANEL_ID_MERGE=simplified/ })
-  t.match(await run(['--id-merge'], { MIXPANEL_URL: simplified.url, MIXPANEL_ID_MERGE: 'simplified' }, { isCovered: true }), { code: 0, output: /the project has Simplified ID Merge/ })
-  t.match(await run(['--id-merge'], { MIXPANEL_TOKEN: 'another' }, { isCovered: true }), { code: 1, output: /cannot be told: mixpanel_rejected_credentials/ })
-  sandbox.faults.add({ name: 'refused', times: 9 })
-  t.match(await run(['--id-merge'], {}, { isCovered: true }), { code: 1, output: /cannot be told: refused_by_mixpanel/ })
-  sandbox.faults.clear()
-  sandbox.faults.add({ name: 'edge_down', times: 9 })
-  t.match(await run(['--id-merge'], {}, { isCovered: true }), { code: 1, output: /cannot be told: mixpanel_unreachable/ })
-  t.match(await run([], { MIXPANEL_URL: 'http://127.0.0.1:9' }), { code: 1, output: /FAILED {2}HTTP: ECONNREFUSED/ })
-  t.match(await run([], { MIXPANEL_URL: `https://127.0.0.1:${new URL(sandbox.url).port}` }, { isCovered: true }), { code: 1, output: /FAILED {2}TLS: .*\nFAILED {2}HTTP: / })
-  // A key and a certificate for tests alone, for localhost.
-  const pem = readFileSync('test/localhost.pem')
-  const tls = createTlsServer({ key: pem, cert: pem }, (_, response) => { response.end() }).listen(0, '127.0.0.1')
-  await once(tls, 'listening')
-  t.teardown(() => { tls.close() })
-  const secure = { MIXPANEL_URL: `https://localhost:${(tls.address() as AddressInfo).port}`, NODE_EXTRA_CA_CERTS: 'test/localhost.pem' }
-  t.match(await run([], secure, { isCovered: true }), { code: 0, output: /ok {6}TLS: TLSv1\.\d, and the certificate is valid until .*\nok {6}HTTP: it answered 200/ })
-  // Only the first line: the checks would leave this machine.
-  const { value } = await doctorCommand(readConfig({ MIXPANEL_TOKEN: TOKEN, MIXPANEL_REGION: 'eu' }, () => ''), []).next()
-  t.match(value, /sends to https:\/\/api-eu\.mixpanel\.com \(MIXPANEL_REGION=eu\)/)
-  t.match(await run(['x'], {}, { isCovered: true }), { code: 1, output: /doctor takes only --id-merge/ })
-  const down = await startData(t, answer('', 503))
-  t.match(await run([], { MIXPANEL_URL: down.url }, { isCovered: true }), { code: 1, output: /FAILED {2}HTTP: it answered 503/ })
 })
 
 t.test('a bug is not told as an incomplete export', async t => {

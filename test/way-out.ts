@@ -1,8 +1,10 @@
+import { spawn } from 'node:child_process'
 import { once } from 'node:events'
 import { createServer, type IncomingMessage } from 'node:http'
 import { createServer as createHttpsServer } from 'node:https'
 import { readFileSync } from 'node:fs'
 import { connect, createServer as createTcpServer, type AddressInfo, type Socket } from 'node:net'
+import { setTimeout as sleep } from 'node:timers/promises'
 import { createServer as createTlsServer } from 'node:tls'
 import type { Duplex } from 'node:stream'
 import type { Test } from 'tap'
@@ -94,4 +96,21 @@ export async function startTls (t: Test, upstream: string) {
   await once(server, 'listening')
   t.teardown(() => { server.close() })
   return { url: `https://localhost:${portOf(server)}`, connections }
+}
+
+/** A port that takes no more connections, and answers none, as behind a firewall that drops packets. */
+export async function startBlackHole (t: Test) {
+  const code = 'const s = require("net").createServer().listen(0, "127.0.0.1", 1, () => { console.log(s.address().port) })'
+  const child = spawn(process.execPath, ['-e', code], { env: {}, stdio: ['ignore', 'pipe', 'ignore'] })
+  const port = Number(String((await once(child.stdout, 'data'))[0]))
+  await sleep(100)
+  child.kill('SIGSTOP')
+  // They fill the queue of the kernel.
+  const waiting = Array.from({ length: 8 }, () => connect(port, '127.0.0.1').on('error', () => {}))
+  await sleep(100)
+  t.teardown(() => {
+    for (const socket of waiting) socket.destroy()
+    child.kill('SIGKILL')
+  })
+  return `127.0.0.1:${port}`
 }

@@ -8,8 +8,8 @@ import { describeProxy } from '../proxy.ts'
 import { urlOf } from './healthcheck.ts'
 
 /**
- * Returns the effective configuration for people, a line `NAME=value # source` for each variable, and a last line with the
- * addresses. It holds no secret: a secret is `***`, and API keys have the names that the log has.
+ * Returns the effective configuration for people: a line `NAME=value # source` for each variable, and a last line with
+ * the addresses. It holds no secret: a secret is `***`, and API keys have the names that the log has.
  */
 export function describeConfig (config: Config, env: Env): string {
   const lines = Object.entries<TSchema>(Environment.properties).map(([name, schema]) => {

@@ -26,19 +26,25 @@ export async function * doctorCommand (
     yield 'An event with two equal ids asks for the mode. In a project with Original ID Merge it is stored, and free.\n'
   }
   const checks = checksFor(config, files, asksMode)
-  const failures = new Set<string>()
+  /** Each check that failed or was skipped, with the one that failed first. */
+  const causes = new Map<string, string>()
+  let failures = 0
   for (const check of checks) {
     const { name, needs } = check
-    const missing = needs.find(other => failures.has(other))
-    if (missing !== undefined) {
-      yield `skipped ${name}: not checked, because ${missing} failed.\n`
+    const cause = needs.map(other => causes.get(other)).find(other => other !== undefined)
+    if (cause !== undefined) {
+      causes.set(name, cause)
+      yield `skipped ${name}: not checked, because ${cause} failed.\n`
       continue
     }
     const { status, text, hint } = await run(check)
-    if (status === 'FAILED') failures.add(name)
+    if (status === 'FAILED') {
+      causes.set(name, name)
+      failures++
+    }
     yield `${status.padEnd(7)} ${name}: ${text}.${hint === undefined ? '' : ` ${upperFirst(hint)}.`}\n`
   }
-  if (failures.size > 0) throw new UsageError(`${failures.size} of ${checks.length} checks failed.`)
+  if (failures > 0) throw new UsageError(`${failures} of ${checks.length} checks failed.`)
 }
 
 /** Returns the checks that this configuration needs, in their order. */
@@ -75,7 +81,7 @@ async function run ({ name, run }: Check): Promise<Finding> {
   }
 }
 
-const upperFirst = (text: string) => text[0]?.toUpperCase() + text.slice(1)
+const upperFirst = (text: string) => text.charAt(0).toUpperCase() + text.slice(1)
 
 function readArgs (args: string[]): boolean {
   try {

@@ -1,12 +1,10 @@
 import { dirname } from 'node:path'
 import type { Config } from '../config.ts'
+import { silentLog } from '../log.ts'
 import { callAdminSocket } from './admin-socket.ts'
 import { directoryOf, hasOutbox, openConnection, openOutbox } from '../outbox/open.ts'
 import { runAdminCommand, UsageError } from './admin.ts'
 import { DirectoryInUse } from '../outbox/outbox.ts'
-
-const noop = () => {}
-const silent = { debug: noop, info: noop, warn: noop, error: noop }
 
 /**
  * Runs an `outbox` command and yields the text to print: see `runAdminCommand`. A relay that has the outbox directory
@@ -17,9 +15,9 @@ export async function * outboxCommand (config: Config, args: string[]): AsyncGen
   if (directory !== undefined && !hasOutbox(directory)) {
     throw new UsageError(`There is no outbox in ${dirname(directory)}.`)
   }
-  const redis = config.OUTBOX === 'redis' ? await openConnection(config, silent) : undefined
+  const redis = config.OUTBOX === 'redis' ? await openConnection(config, silentLog) : undefined
   try {
-    const outbox = await openOutbox(config, redis, silent)
+    const outbox = await openOutbox(config, redis, silentLog)
     if (outbox === undefined) throw new UsageError('OUTBOX is off: there is no outbox.')
     try {
       yield * runAdminCommand(outbox, config, args)

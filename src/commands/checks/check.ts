@@ -13,8 +13,9 @@ export const ok = (text: string): Finding => ({ status: 'ok', text })
 export const warning = (text: string, hint: string): Finding => ({ status: 'WARN', text, hint })
 export const failed = (text: string, hint: string): Finding => ({ status: 'FAILED', text, hint })
 
-/** How long one part of a check may take. */
+/** How long a check may take. A part of it has less, so that it can still say what the other parts have found. */
 export const TIMEOUT_MS = 5000
+export const PART_MS = 4500
 
 /** Returns the reason of an error in one line: its code and its words, without a full stop. */
 export function reasonOf (error: unknown): string {

@@ -37,21 +37,33 @@ export async function checkDisk (config: Config, signal: AbortSignal): Promise<F
       'the user of the relay must be able to write there, and the disk must have space')
   }
   const disk = await statfs(directory)
-  const free = disk.bavail * disk.bsize
-  const kind = weakFileSystem(directory)
-  const text = `${place} has ${megabytes(free)} free, and an fsync takes ${median.toFixed(1)} ms` +
+  return judgeDisk(place, {
+    free: disk.bavail * disk.bsize,
+    reserved: reservedBytes(disk),
+    wanted: config.OUTBOX_MAX_BYTES,
+    kind: weakFileSystem(directory),
+    ms: median
+  })
+}
+
+/** Bytes, the name of a weak file system, and the median time of an fsync. */
+interface Disk { free: number, reserved: number, wanted: number, kind: string | undefined, ms: number }
+
+/** Returns what a disk means for the outbox. */
+export function judgeDisk (place: string, { free, reserved, wanted, kind, ms }: Disk): Finding {
+  const text = `${place} has ${mebibytes(free)} free, and an fsync takes ${ms.toFixed(1)} ms` +
     (kind === undefined ? '' : ` on ${kind}`)
-  if (free < reservedBytes(disk)) return failed(text, 'free some space: the outbox stores nothing now')
+  if (free < reserved) return failed(text, 'free some space: the outbox stores nothing now')
   if (kind !== undefined) {
     return warning(text, 'use a local disk: queued identities may be lost when the machine or its network fails')
   }
-  if (median > SLOW_MS) return warning(text, 'use a faster disk: a 202 waits for an fsync')
-  return free < config.OUTBOX_MAX_BYTES
-    ? warning(text, `OUTBOX_MAX_BYTES permits ${megabytes(config.OUTBOX_MAX_BYTES)}: lower it, or use a larger disk`)
+  if (ms > SLOW_MS) return warning(text, 'use a faster disk: a 202 waits for an fsync')
+  return free < wanted
+    ? warning(text, `OUTBOX_MAX_BYTES permits ${mebibytes(wanted)}: lower it, or use a larger disk`)
     : ok(text)
 }
 
-const megabytes = (bytes: number) => `${Math.floor(bytes / 1_048_576)} MiB`
+const mebibytes = (bytes: number) => `${Math.floor(bytes / 1_048_576)} MiB`
 
 /** Resolves with the median time of some fsyncs, each after a write, in milliseconds. */
 async function medianFsync (file: FileHandle, signal: AbortSignal): Promise<number> {

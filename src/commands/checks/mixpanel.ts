@@ -3,7 +3,7 @@ import type { Config } from '../../config.ts'
 import { identifyEvent } from '../../identity/event.ts'
 import type { Answer } from '../../mixpanel/answer.ts'
 import { createMixpanel, type Mixpanel } from '../../mixpanel/client.ts'
-import { failed, ok, TIMEOUT_MS, warning, type Finding } from './check.ts'
+import { failed, ok, PART_MS, warning, type Finding } from './check.ts'
 
 /** Resolves with the result of `ask`, for which a client is open. */
 async function withClient<Result> (config: Config, ask: (client: Mixpanel) => Promise<Result>): Promise<Result> {
@@ -22,7 +22,7 @@ const wordsOf = ({ code, cause, reason }: Answer) => [code, cause, reason].filte
  * not documented.
  */
 export async function checkCredentials (config: Config): Promise<Finding> {
-  const answer = await withClient(config, client => client.send(client.encodeNothing(), TIMEOUT_MS - 500))
+  const answer = await withClient(config, client => client.send(client.encodeNothing(), PART_MS))
   const name = config.MIXPANEL_SERVICE_ACCOUNT === undefined ? 'MIXPANEL_TOKEN' : 'MIXPANEL_SERVICE_ACCOUNT'
   if (answer.code === 'mixpanel_rejected_credentials') {
     return failed(`/import rejected ${name} (${answer.cause})`,
@@ -43,7 +43,7 @@ export async function checkMode (config: Config): Promise<Finding> {
   const id = randomUUID()
   const event = identifyEvent({ identified_id: id, anon_id: id }, Date.now())
   const answer = await withClient(config, client =>
-    client.send(client.encode([event], { endpoint: 'import' }), TIMEOUT_MS - 500))
+    client.send(client.encode([event], { endpoint: 'import' }), PART_MS))
   if (answer.code !== 'accepted' && answer.isForAll !== true) {
     return failed(`it cannot be told: ${wordsOf(answer)}`, 'see the settings of the project (Identity Merge)')
   }

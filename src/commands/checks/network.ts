@@ -8,7 +8,7 @@ import { startGet } from '../../get.ts'
 import { baseUrl } from '../../mixpanel/client.ts'
 import { describeProxy, proxyFor, type Proxy } from '../../proxy.ts'
 import { createTunnels, type Target } from '../../tunnel.ts'
-import { failed, ok, reasonOf, TIMEOUT_MS, warning, type Check, type Finding } from './check.ts'
+import { failed, ok, PART_MS, reasonOf, TIMEOUT_MS, warning, type Check, type Finding } from './check.ts'
 
 const DAY_MS = 86_400_000
 
@@ -39,7 +39,7 @@ export function networkChecks (config: Config): Check[] {
   return [
     { name: 'region', needs: [], run: async () => checkRegion(config, base) },
     { name: 'DNS', needs: [], run: () => checkDns(hop.hostname) },
-    { name: 'TCP', needs: ['DNS'], run: signal => checkTcp(hop, signal) },
+    { name: 'TCP', needs: ['DNS'], run: () => checkTcp(hop) },
     { name: 'proxy', needs: proxy === undefined ? [] : ['TCP'], run: () => checkProxy(config, proxy, target) },
     ...isHttps
       ? [{ name: 'TLS', needs: ['TCP', 'proxy'], run: (signal: AbortSignal) => checkTls(proxy, target, signal) }]
@@ -57,7 +57,7 @@ export function networkChecks (config: Config): Check[] {
         return ok(`${text}, which does not say that the token is right`)
       }
     },
-    { name: 'clock', needs: [last], run: async () => checkClock(date) }
+    { name: 'clock', needs: [last], run: async () => judgeClock(date) }
   ]
 }
 
@@ -81,25 +81,30 @@ async function checkDns (hostname: string): Promise<Finding> {
 }
 
 /** Connects to the first address of each family. */
-async function checkTcp ({ hostname, port }: Target, signal: AbortSignal): Promise<Finding> {
+async function checkTcp ({ hostname, port }: Target): Promise<Finding> {
   const addresses = await lookup(hostname, { all: true })
   const firsts = [4, 6].flatMap(family => addresses.find(one => one.family === family) ?? [])
-  const results = await Promise.all(firsts.map(async ({ address, family }) => {
+  return judgeTcp(`${hostname}:${port}`, await Promise.all(firsts.map(async ({ address, family }) => {
     const since = performance.now()
     const socket = connect({ host: address, port: Number(port) })
-    // Shorter than the time of the whole check, which would hide the other family.
-    const timer = setTimeout(() => socket.destroy(new Error('no answer')), TIMEOUT_MS - 500)
-    const cause = await once(socket, 'connect', { signal }).then(() => undefined, reasonOf)
-    clearTimeout(timer)
+    const cause = await once(socket, 'connect', { signal: AbortSignal.timeout(PART_MS) }).then(() => undefined, causeOf)
     socket.destroy()
-    return { cause, text: `IPv${family} ${cause ?? `in ${Math.round(performance.now() - since)} ms`}` }
-  }))
-  const text = `${hostname}:${port} ${results.map(result => result.text).join('; ')}`
+    return { family, ms: Math.round(performance.now() - since), ...cause !== undefined && { cause } }
+  })))
+}
+
+const causeOf = (error: NodeJS.ErrnoException) => error.name === 'AbortError' ? SILENT : String(error.code)
+const SILENT = 'no answer'
+
+/** Returns what the connections to the first address of each family say about a server. */
+export function judgeTcp (server: string, results: { family: number, ms: number, cause?: string }[]): Finding {
+  const words = results.map(({ family, ms, cause }) => `IPv${family} ${cause ?? `in ${ms} ms`}`)
+  const text = `${server} ${words.join('; ')}`
   if (results.every(({ cause }) => cause !== undefined)) {
-    return failed(text, 'check the firewall, egress rules and whether HTTPS_PROXY is needed')
+    return failed(text, 'check the firewall and egress rules, and whether HTTPS_PROXY is right')
   }
   // An address without a route fails at once and delays nothing.
-  if (results.every(({ cause }) => cause !== 'no answer')) return ok(text)
+  if (results.every(({ cause }) => cause !== SILENT)) return ok(text)
   return warning(text, 'new connections try the silent family too: give it a route, or none at all')
 }
 
@@ -113,33 +118,38 @@ async function checkProxy (config: Config, proxy: Proxy | undefined, target: Tar
   const name = `${proxy.variable} ${describeProxy(proxy)}`
   const authority = `${target.hostname}:${target.port}`
   try {
-    const socket = await createTunnels(proxy, TIMEOUT_MS - 500)({ ...target, protocol: 'http:' })
+    const socket = await createTunnels(proxy, PART_MS)({ ...target, protocol: 'http:' })
     socket.destroy()
     return ok(`${name} makes a tunnel to ${authority}`)
   } catch (error) {
     const text = `${name} makes no tunnel to ${authority}: ${reasonOf(error)}`
-    return failed(text, / 407$/.test(text)
-      ? `put the right user and password into ${proxy.variable}, percent-encoded`
-      : `the proxy must permit CONNECT to ${authority}, or NO_PROXY must name ${target.hostname}`)
+    if (/ 407$/.test(text)) {
+      return failed(text, `put the right user and password into ${proxy.variable}, percent-encoded`)
+    }
+    if (isCertificate(error)) return failed(text, tlsHint(error))
+    return failed(text, `the proxy must permit CONNECT to ${authority}, or NO_PROXY must name ${target.hostname}`)
   }
 }
 
 async function checkTls (proxy: Proxy | undefined, target: Target, signal: AbortSignal): Promise<Finding> {
-  let socket: TLSSocket
   try {
-    socket = proxy === undefined
+    const socket = proxy === undefined
       ? await handshake(target, signal)
-      : await createTunnels(proxy, TIMEOUT_MS - 500)(target) as TLSSocket
+      : await createTunnels(proxy, PART_MS)(target) as TLSSocket
+    const { valid_to: until, issuer } = socket.getPeerCertificate()
+    const protocol = socket.getProtocol()
+    socket.destroy()
+    return judgeCertificate(`${protocol}, issued by ${issuer.O ?? issuer.CN}`, until)
   } catch (error) {
-    return failed(reasonOf(error), tlsHint(String((error as NodeJS.ErrnoException).code)))
+    return failed(reasonOf(error), tlsHint(error))
   }
-  const { valid_to: until, issuer } = socket.getPeerCertificate()
-  const text = `${socket.getProtocol()}, and the certificate is valid until ${until}. It was issued by ` +
-    `${issuer.O ?? issuer.CN}`
-  socket.destroy()
+}
+
+/** Returns what the end of a certificate, as Node prints it, means. */
+export function judgeCertificate (description: string, until: string): Finding {
+  const text = `${description}, and the certificate is valid until ${until}`
   const days = Math.floor((Date.parse(until) - Date.now()) / DAY_MS)
-  if (days >= EXPIRY_WARNING_DAYS) return ok(text)
-  return warning(text, `it expires in ${days} days: whoever runs ${target.hostname} must renew it`)
+  return days >= EXPIRY_WARNING_DAYS ? ok(text) : warning(text, `it ends in ${days} days: the server must renew it`)
 }
 
 async function handshake ({ hostname, port }: Target, signal: AbortSignal): Promise<TLSSocket> {
@@ -155,17 +165,20 @@ async function handshake ({ hostname, port }: Target, signal: AbortSignal): Prom
   return socket.on('error', () => {})
 }
 
-/** Returns what to do after a failed handshake with this code. */
-function tlsHint (code: string): string {
+const isCertificate = (error: unknown) => /CERT|ISSUER|SIGN/.test(String((error as NodeJS.ErrnoException).code))
+
+/** Returns what to do after a failed handshake. */
+export function tlsHint (error: unknown): string {
+  const { code } = error as NodeJS.ErrnoException
   if (code === 'CERT_HAS_EXPIRED') return 'renew the certificate of the server, or set this clock'
   if (code === 'ERR_TLS_CERT_ALTNAME_INVALID') return 'the certificate is for another host: check the URL'
-  if (/CERT|ISSUER|SIGN/.test(code)) {
-    return 'a proxy or gateway has a certificate of its own: name the file of its CA in NODE_EXTRA_CA_CERTS'
-  }
-  return 'check that the port speaks TLS, and that no firewall breaks it'
+  return isCertificate(error)
+    ? 'a proxy or gateway has a certificate of its own: name the file of its CA in NODE_EXTRA_CA_CERTS'
+    : 'check that the port speaks TLS, and that no firewall breaks it'
 }
 
-function checkClock (date: string | undefined): Finding {
+/** Returns what the `date` of an answer says about this clock. */
+export function judgeClock (date: string | undefined): Finding {
   const seconds = Math.round((Date.now() - Date.parse(String(date))) / 1000)
   if (Number.isNaN(seconds)) return warning('it cannot be told: the answer has no Date', 'check that NTP runs')
   const text = `${Math.abs(seconds)} s ${seconds < 0 ? 'behind' : 'ahead of'} Mixpanel`

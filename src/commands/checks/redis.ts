@@ -1,11 +1,9 @@
 import type { Config } from '../../config.ts'
+import { silentLog } from '../../log.ts'
 import { connectRedis, withTimeout, type Redis } from '../../redis.ts'
 import { failed, ok, warning, type Finding } from './check.ts'
 
 const COMMAND_TIMEOUT_MS = 1000
-
-const noop = () => {}
-const silent = { debug: noop, info: noop, warn: noop, error: noop }
 
 /** Checks the Redis of REDIS_URL: its role and, when it holds the outbox, what a 202 is worth there. */
 export async function checkRedis (config: Config): Promise<Finding> {
@@ -13,7 +11,7 @@ export async function checkRedis (config: Config): Promise<Finding> {
   const { host } = new URL(url)
   let redis: Redis
   try {
-    redis = await connectRedis(url, silent)
+    redis = await connectRedis(url, silentLog)
   } catch (error) {
     return failed(`${host}: ${(error as Error).message.replace('REDIS_URL: ', '')}`,
       'check that it runs, and its user and password')
