@@ -2,7 +2,7 @@ import { parseArgs } from 'node:util'
 import type { Config } from '../config.ts'
 import { baseUrl } from '../mixpanel/client.ts'
 import { UsageError } from './admin.ts'
-import { reasonOf, TIMEOUT_MS, type Check, type Finding } from './checks/check.ts'
+import { failed, reasonOf, TIMEOUT_MS, type Check, type Finding } from './checks/check.ts'
 import { checkDisk } from './checks/disk.ts'
 import { checkCredentials, checkMode } from './checks/mixpanel.ts'
 import { networkChecks } from './checks/network.ts'
@@ -63,7 +63,7 @@ function checksFor (config: Config, files: [name: string, path: string][], asksM
 }
 
 /** Resolves with what a check found, within TIMEOUT_MS. */
-async function run ({ name, run }: Check): Promise<Finding> {
+function run ({ name, run }: Check): Promise<Finding> {
   const controller = new AbortController()
   let timer: NodeJS.Timeout | undefined
   const timeout = new Promise<never>((resolve, reject) => {
@@ -72,13 +72,9 @@ async function run ({ name, run }: Check): Promise<Finding> {
       controller.abort()
     }, TIMEOUT_MS)
   })
-  try {
-    return await Promise.race([run(controller.signal), timeout])
-  } catch (error) {
-    return { status: 'FAILED', text: reasonOf(error), hint: `see "${name}" in docs/operations.md` }
-  } finally {
-    clearTimeout(timer)
-  }
+  return Promise.race([run(controller.signal), timeout])
+    .catch((error): Finding => failed(reasonOf(error), `see "${name}" in docs/operations.md`))
+    .finally(() => clearTimeout(timer))
 }
 
 const upperFirst = (text: string) => text.charAt(0).toUpperCase() + text.slice(1)

@@ -1,9 +1,7 @@
 import type { Config } from '../../config.ts'
 import { silentLog } from '../../log.ts'
-import { connectRedis, withTimeout, type Redis } from '../../redis.ts'
+import { connectRedis, type Redis } from '../../redis.ts'
 import { failed, ok, warning, type Finding } from './check.ts'
-
-const COMMAND_TIMEOUT_MS = 1000
 
 /** Checks the Redis of REDIS_URL: its role and, when it holds the outbox, what a 202 is worth there. */
 export async function checkRedis (config: Config): Promise<Finding> {
@@ -17,10 +15,10 @@ export async function checkRedis (config: Config): Promise<Finding> {
       'check that it runs, and its user and password')
   }
   try {
-    const role = await ask(redis, redis.role().then(([name]) => String(name)))
+    const role = await ask(redis.role().then(([name]) => String(name)))
     if (role === 'slave') return failed(`${host} is a replica`, 'name the primary in REDIS_URL')
     if (config.OUTBOX !== 'redis') return ok(`${host} answers, and has only rate limits (OUTBOX=${config.OUTBOX})`)
-    const setting = (name: string) => ask(redis, redis.config('GET', name).then(pair => String((pair as string[])[1])))
+    const setting = (name: string) => ask(redis.config('GET', name).then(pair => String((pair as string[])[1])))
     const appendonly = await setting('appendonly')
     if (appendonly === undefined) {
       return ok(`${host} answers. It refuses CONFIG, so its durability cannot be told: its operator must ensure ` +
@@ -46,9 +44,9 @@ function judge (text: string, { appendonly, fsync, policy = '' }: Durability): F
   return policy === 'noeviction' ? ok(text) : warning(text, 'set maxmemory-policy noeviction')
 }
 
-/** Resolves with the answer to a command; undefined if Redis refuses it. Rejects when there is no answer in time. */
-async function ask<Result> (redis: Redis, command: Promise<Result>): Promise<Result | undefined> {
-  return withTimeout(redis, COMMAND_TIMEOUT_MS, command).catch((error: Error) => {
+/** Resolves with the answer to a command; undefined if Redis refuses it. Rejects when there is no answer in a second. */
+async function ask<Result> (command: Promise<Result>): Promise<Result | undefined> {
+  return command.catch((error: Error) => {
     if (error.name === 'ReplyError') return undefined
     throw error
   })
