@@ -31,8 +31,7 @@ const CANARIES = [TOKEN, encodeURIComponent(TOKEN), Buffer.from(`${TOKEN}:`).toS
 /** The forms of the canary that `text` holds; one is a leak. */
 export const leaks = (text: string) => CANARIES.filter(canary => text.includes(canary))
 
-/** A logger that logs nothing. */
-export const silent = { debug () {}, info () {}, warn () {}, error () {} }
+export { silentLog as silent } from '#src/log.js'
 
 /** A fresh valid body; `given` replaces fields, and an undefined one leaves its field out. */
 export const identity = (given: Record<string, unknown> = {}) =>

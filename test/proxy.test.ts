@@ -227,12 +227,13 @@ t.test('a new tunnel continues the TLS session of an earlier one', async t => {
   const sandbox = await startSandbox(t)
   const tls = await startTls(t, sandbox.url)
   const proxy = await startProxy(t)
-  const relay = await startServer(t, tls.url, { NODE_EXTRA_CA_CERTS: PEM, HTTPS_PROXY: proxy.url })
+  const relay = await startServer(t, tls.url, { NODE_EXTRA_CA_CERTS: PEM, HTTPS_PROXY: proxy.url }, { isCovered: true })
   t.equal((await relay.post()).status, 200)
   proxy.breakAll()
   await sleep(100)
   t.equal((await relay.post()).status, 200)
   t.same(tls.connections, [false, true])
+  t.equal(await relay.kill('SIGTERM'), 0)
 })
 
 /** The keys of an identity provider, behind TLS on this machine. */

@@ -44,7 +44,7 @@ function judge (text: string, { appendonly, fsync, policy = '' }: Durability): F
   return policy === 'noeviction' ? ok(text) : warning(text, 'set maxmemory-policy noeviction')
 }
 
-/** Resolves with the answer to a command; undefined if Redis refuses it. Rejects when there is no answer in a second. */
+/** Resolves with the answer to a command; undefined if Redis refuses it. Rejects after a second without an answer. */
 async function ask<Result> (command: Promise<Result>): Promise<Result | undefined> {
   return command.catch((error: Error) => {
     if (error.name === 'ReplyError') return undefined
