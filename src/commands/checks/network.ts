@@ -123,7 +123,8 @@ async function checkProxy (config: Config, proxy: Proxy | undefined, target: Tar
     return ok(`${name} makes a tunnel to ${authority}`)
   } catch (error) {
     const text = `${name} makes no tunnel to ${authority}: ${reasonOf(error)}`
-    if (/ 407$/.test(text)) {
+    // tinyproxy answers 401 to wrong credentials.
+    if (/ 40[17]$/.test(text)) {
       return failed(text, `put the right user and password into ${proxy.variable}, percent-encoded`)
     }
     if (isCertificate(error)) return failed(text, tlsHint(error))
