@@ -111,7 +111,7 @@ t.test('nothing that is silent is waited for', async t => {
     doctor({ MIXPANEL_URL: `http://${hole}` }), doctor({ MIXPANEL_URL: mute }), doctor({ MIXPANEL_URL: mute.replace('http:', 'https:') })
   ])
   t.match(dropped.output, /FAILED {2}TCP: \S+ IPv4 no answer\./)
-  t.match(http.output, /FAILED {2}HTTP: no answer in 5000 ms\. See "HTTP" in docs\/operations\.md\.\nWARN {4}clock: it cannot be told.*/)
+  t.match(http.output, /FAILED {2}HTTP: no answer in 5000 ms\. The server takes connections.*\nWARN {4}clock: it cannot be told.*/)
   t.match(http.output, /WARN {4}credentials: it cannot be told: mixpanel_timed_out/)
   t.match(tls.output, /FAILED {2}TLS: no answer in 5000 ms\..*\nskipped HTTP/)
   t.ok(performance.now() - since < 20_000)
@@ -258,7 +258,7 @@ t.test('doctor checks Redis and what a 202 is worth there', needsRedis, async t 
   await once(between, 'listening')
   t.teardown(() => { between.close() })
   const { port } = between.address() as AddressInfo
-  t.match(await run({ REDIS_URL: `redis://127.0.0.1:${port}` }), { output: /FAILED {2}Redis: Command timed out\. See "Redis"/ })
+  t.match(await run({ REDIS_URL: `redis://127.0.0.1:${port}` }), { output: /FAILED {2}Redis: Command timed out\. See whether it answers PING/ })
 })
 
 t.test('check-config prints the effective configuration, without secrets', async t => {

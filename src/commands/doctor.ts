@@ -9,6 +9,8 @@ import { networkChecks } from './checks/network.ts'
 import { checkRedis } from './checks/redis.ts'
 import { checkSecrets } from './checks/secrets.ts'
 
+const LATER = 'try again later'
+
 /**
  * Checks what the relay needs to work, and yields a line for each check: `ok`, `WARN` or `FAILED`, with what to do, or
  * `skipped` after the failure of another. Each takes at most 5 s. Sends no identity. With `--id-merge` it asks Mixpanel
@@ -53,17 +55,20 @@ function checksFor (config: Config, files: [name: string, path: string][], asksM
   // The last hop before HTTP.
   const { needs } = network.find(({ name }) => name === 'HTTP') as Check
   const rules: [isNeeded: boolean, check: Check][] = [
-    [true, { name: 'credentials', needs, run: () => checkCredentials(config) }],
-    [asksMode, { name: 'mode', needs, run: () => checkMode(config) }],
-    [config.REDIS_URL !== undefined, { name: 'Redis', needs: [], run: () => checkRedis(config) }],
-    [config.OUTBOX.startsWith('file:'), { name: 'disk', needs: [], run: signal => checkDisk(config, signal) }],
-    [files.length > 0, { name: 'secrets', needs: [], run: () => checkSecrets(files) }]
+    [true, { name: 'credentials', needs, hint: LATER, run: () => checkCredentials(config) }],
+    [asksMode, { name: 'mode', needs, hint: LATER, run: () => checkMode(config) }],
+    [config.REDIS_URL !== undefined,
+      { name: 'Redis', needs: [], hint: 'see whether it answers PING', run: () => checkRedis(config) }],
+    [config.OUTBOX.startsWith('file:'),
+      { name: 'disk', needs: [], hint: 'the disk hangs: see the log of the kernel', run: () => checkDisk(config) }],
+    [files.length > 0,
+      { name: 'secrets', needs: [], hint: 'see whether their disk hangs', run: () => checkSecrets(files) }]
   ]
   return [...network, ...rules.filter(([isNeeded]) => isNeeded).map(([, check]) => check)]
 }
 
 /** Resolves with what a check found, within TIMEOUT_MS. */
-function run ({ name, run }: Check): Promise<Finding> {
+function run ({ hint, run }: Check): Promise<Finding> {
   const controller = new AbortController()
   let timer: NodeJS.Timeout | undefined
   const timeout = new Promise<never>((resolve, reject) => {
@@ -73,7 +78,7 @@ function run ({ name, run }: Check): Promise<Finding> {
     }, TIMEOUT_MS)
   })
   return Promise.race([run(controller.signal), timeout])
-    .catch((error): Finding => failed(reasonOf(error), `see "${name}" in docs/operations.md`))
+    .catch((error): Finding => failed(reasonOf(error), hint))
     .finally(() => clearTimeout(timer))
 }
 

@@ -1,9 +1,10 @@
 /** What a check found: a sentence, and for the last two what to do. */
 export interface Finding { status: 'ok' | 'WARN' | 'FAILED', text: string, hint?: string }
 
-/** A check of `doctor`. `signal` fires when its time is over. A rejection is a failure. */
+/** A check of `doctor`. `signal` fires when its time is over. A rejection is a failure, with `hint`. */
 export interface Check {
   name: string
+  hint: string
   /** The checks without which this one has no chance. */
   needs: string[]
   run: (signal: AbortSignal) => Promise<Finding>

@@ -8,6 +8,7 @@ import { reservedBytes } from '../../outbox/outbox.ts'
 import { failed, ok, reasonOf, warning, type Finding } from './check.ts'
 
 const SAMPLES = 9
+const SAMPLING_MS = 2000
 const PAGE = Buffer.alloc(4096)
 
 /** A 202 waits for an fsync. A local disk needs 0.1 to 20 ms. */
@@ -17,7 +18,7 @@ const SLOW_MS = 50
  * Checks the disk of the outbox directory: free space, kind and fsync. It writes a file of its own beside the
  * relay's directory and removes it, so a running relay is not disturbed.
  */
-export async function checkDisk (config: Config, signal: AbortSignal): Promise<Finding> {
+export async function checkDisk (config: Config): Promise<Finding> {
   const wanted = dirname(String(directoryOf(config)))
   let directory = wanted
   while (!existsSync(directory)) directory = dirname(directory)
@@ -26,12 +27,10 @@ export async function checkDisk (config: Config, signal: AbortSignal): Promise<F
   let median: number
   try {
     const file = await open(path, 'wx', 0o600)
-    try {
-      median = await medianFsync(file, signal)
-    } finally {
-      await file.close()
-      await rm(path, { force: true })
-    }
+    // At once: nothing stays behind when the disk hangs.
+    await rm(path)
+    median = await medianFsync(file)
+    await file.close()
   } catch (error) {
     return failed(`${place} cannot be written: ${reasonOf(error)}`,
       'the user of the relay must be able to write there, and the disk must have space')
@@ -66,9 +65,10 @@ export function judgeDisk (place: string, { free, reserved, wanted, kind, ms }: 
 const mebibytes = (bytes: number) => `${Math.floor(bytes / 1_048_576)} MiB`
 
 /** Resolves with the median time of some fsyncs, each after a write, in milliseconds. */
-async function medianFsync (file: FileHandle, signal: AbortSignal): Promise<number> {
+async function medianFsync (file: FileHandle): Promise<number> {
   const times: number[] = []
-  while (times.length < SAMPLES && !signal.aborted) {
+  const end = performance.now() + SAMPLING_MS
+  while (times.length < SAMPLES && performance.now() < end) {
     await file.write(PAGE, 0, PAGE.length, 0)
     const since = performance.now()
     await file.sync()

@@ -19,6 +19,8 @@ const EXPIRY_WARNING_DAYS = 14
 const SKEW_WARNING_S = 60
 const SKEW_FAILURE_S = 3600
 
+const EGRESS = 'check the firewall and egress rules, and whether HTTPS_PROXY is right'
+
 /** Returns the checks of the way to Mixpanel, from the first hop to an answer, and of the clock. */
 export function networkChecks (config: Config): Check[] {
   const base = new URL(baseUrl(config))
@@ -37,16 +39,27 @@ export function networkChecks (config: Config): Check[] {
   const last = isHttps ? 'TLS' : proxy === undefined ? 'TCP' : 'proxy'
   let date: string | undefined
   return [
-    { name: 'region', needs: [], run: async () => checkRegion(config, base) },
-    { name: 'DNS', needs: [], run: () => checkDns(hop.hostname) },
-    { name: 'TCP', needs: ['DNS'], run: () => checkTcp(hop) },
-    { name: 'proxy', needs: proxy === undefined ? [] : ['TCP'], run: () => checkProxy(config, proxy, target) },
+    { name: 'region', needs: [], hint: '', run: async () => checkRegion(config, base) },
+    { name: 'DNS', needs: [], hint: 'check the name server in /etc/resolv.conf', run: () => checkDns(hop.hostname) },
+    { name: 'TCP', needs: ['DNS'], hint: EGRESS, run: () => checkTcp(hop) },
+    {
+      name: 'proxy',
+      needs: proxy === undefined ? [] : ['TCP'],
+      hint: EGRESS,
+      run: () => checkProxy(config, proxy, target)
+    },
     ...isHttps
-      ? [{ name: 'TLS', needs: ['TCP', 'proxy'], run: (signal: AbortSignal) => checkTls(proxy, target, signal) }]
+      ? [{
+          name: 'TLS',
+          needs: ['TCP', 'proxy'],
+          hint: tlsHint({}),
+          run: (signal: AbortSignal) => checkTls(proxy, target, signal)
+        }]
       : [],
     {
       name: 'HTTP',
       needs: [last],
+      hint: 'the server takes connections and does not answer: check MIXPANEL_URL and gateways, and try again later',
       async run (signal) {
         const request = startGet(`${base.href.replace(/\/+$/, '')}/`, { timeoutMs: TIMEOUT_MS, proxy, signal })
         const [{ statusCode: status = 0, headers }] = await once(request, 'response') as [IncomingMessage]
@@ -57,7 +70,7 @@ export function networkChecks (config: Config): Check[] {
         return ok(`${text}, which does not say that the token is right`)
       }
     },
-    { name: 'clock', needs: [last], run: async () => judgeClock(date) }
+    { name: 'clock', needs: [last], hint: '', run: async () => judgeClock(date) }
   ]
 }
 
@@ -101,7 +114,7 @@ export function judgeTcp (server: string, results: { family: number, ms: number,
   const words = results.map(({ family, ms, cause }) => `IPv${family} ${cause ?? `in ${ms} ms`}`)
   const text = `${server} ${words.join('; ')}`
   if (results.every(({ cause }) => cause !== undefined)) {
-    return failed(text, 'check the firewall and egress rules, and whether HTTPS_PROXY is right')
+    return failed(text, EGRESS)
   }
   // An address without a route fails at once and delays nothing.
   if (results.every(({ cause }) => cause !== SILENT)) return ok(text)
