@@ -2,6 +2,7 @@ import { hash } from 'node:crypto'
 import type { Static, TSchema } from '@sinclair/typebox'
 import { Value } from '@sinclair/typebox/value'
 import { Environment, isLoopback, splitApiKey } from './environment.ts'
+import { proxyFor } from './proxy.ts'
 
 /** Environment variables. */
 export type Env = Record<string, string | undefined>
@@ -125,9 +126,21 @@ export const plainUpstreams = (config: Config) => UPSTREAMS.filter(name => {
   const url = config[name]
   // An invalid URL has an error of its own.
   if (url === undefined || !Value.Check(Environment.properties[name], url)) return false
-  const { protocol, hostname } = new URL(url)
-  return protocol === 'http:' && !isLoopback(hostname)
+  return new URL(url).protocol === 'http:' && leavesMachine(config, url)
 })
+
+/** Returns true if requests to an http URL go to another machine: a proxy there would read even those to loopback. */
+function leavesMachine (config: Config, url: string): boolean {
+  return !isLoopback(new URL(url).hostname) || isProxied(config, url)
+}
+
+/** Returns true if an http URL is reached through a proxy on another machine. */
+function isProxied (config: Config, url: string): boolean {
+  // An invalid proxy has an error of its own.
+  if (!Value.Check(Environment.properties.HTTP_PROXY, config.HTTP_PROXY)) return false
+  const proxy = proxyFor(config, url)
+  return proxy !== undefined && !isLoopback(proxy.url.hostname)
+}
 
 /** Returns a sentence for each rule between variables that is broken. */
 function conflicts (config: Config, env: Env): string[] {
@@ -141,8 +154,11 @@ function conflicts (config: Config, env: Env): string[] {
     [isSet('MIXPANEL_SERVICE_ACCOUNT') && !isSet('MIXPANEL_PROJECT_ID'),
       'MIXPANEL_SERVICE_ACCOUNT needs MIXPANEL_PROJECT_ID.'],
     ...plainUpstreams(config).map((name): [boolean, string] => [config.ALLOW_HTTP_UPSTREAM !== true,
-      `${name} must be https, because http would carry secrets unencrypted to another machine: ` +
+      `${name} must be https, because http would carry secrets unencrypted to another machine` +
+      `${isProxied(config, String(config[name])) ? ', the proxy: name its host in NO_PROXY, or ' : ': '}` +
       'set ALLOW_HTTP_UPSTREAM=true if that is intended.']),
+    [isPlainJwks(config), 'JWT_JWKS_URL must not be http through a proxy, which could pose as any user: ' +
+      'name its host in NO_PROXY.'],
     [config.OUTBOX.startsWith('file:~'), 'OUTBOX must not begin with file:~, which only a shell expands.'],
     [config.OUTBOX === 'redis' && !isSet('REDIS_URL'), 'OUTBOX=redis needs REDIS_URL.'],
     [new Set(keys).size < keys.length, 'API_KEYS must not contain a key twice.'],
@@ -154,6 +170,13 @@ function conflicts (config: Config, env: Env): string[] {
       'set API_KEYS, JWT_SECRET or JWT_JWKS_URL, or ALLOW_ANONYMOUS=true if that is intended.']
   ]
   return rules.filter(([isBroken]) => isBroken).map(([, sentence]) => sentence)
+}
+
+/** Returns true if a valid JWT_JWKS_URL is http, so on loopback, and a proxy on another machine would answer it. */
+function isPlainJwks (config: Config): boolean {
+  const { JWT_JWKS_URL: url } = config
+  return url !== undefined && Value.Check(Environment.properties.JWT_JWKS_URL, url) &&
+    new URL(url).protocol === 'http:' && isProxied(config, url)
 }
 
 function secretFromFile (

@@ -73,6 +73,21 @@ t.test('the variables count in lower case too, and mistakes name them', async t 
   t.equal(describeProxy({ url: new URL('https://proxy') }), 'https://proxy')
 })
 
+t.test('a proxy on another machine reads no http request to loopback, unless that is intended', async t => {
+  const url = 'http://127.0.0.1:8081'
+  const env = { MIXPANEL_URL: url, HTTP_PROXY: 'http://proxy.example:3128' }
+  const message = 'MIXPANEL_URL must be https, because http would carry secrets unencrypted to another machine, the proxy: name its host in NO_PROXY, or set ALLOW_HTTP_UPSTREAM=true if that is intended.'
+  t.throws(() => read(env), { name: 'ConfigError', message })
+  for (const more of [{ NO_PROXY: '127.0.0.1' }, { ALLOW_HTTP_UPSTREAM: 'true' }, { HTTP_PROXY: 'http://127.0.0.1:3128' }, { HTTP_PROXY: '', HTTPS_PROXY: 'http://proxy.example' }]) {
+    t.equal(read({ ...env, ...more }).MIXPANEL_URL, url, JSON.stringify(more))
+  }
+  t.throws(() => read({ ...env, HTTP_PROXY: 'proxy' }), { message: /^HTTP_PROXY must be [^\n]*$/ }, 'one mistake')
+  const keys = { HTTP_PROXY: 'http://proxy.example:3128', JWT_JWKS_URL: 'http://localhost:9/keys' }
+  t.throws(() => read(keys), { message: 'JWT_JWKS_URL must not be http through a proxy, which could pose as any user: name its host in NO_PROXY.' })
+  for (const more of [{ NO_PROXY: 'localhost' }, { JWT_JWKS_URL: 'https://idp.example' }, { HTTP_PROXY: 'http://[::1]' }]) t.ok(read({ ...keys, ...more }))
+  t.throws(() => read({ ...keys, JWT_JWKS_URL: 'x' }), { message: /^JWT_JWKS_URL must be an https URL[^\n]*$/ })
+})
+
 t.test('identities share tunnels, and only the proxy gets its credentials', async t => {
   const proxy = await startProxy(t)
   const { post, sandbox, lines } = await startRelay(t, { env: { HTTP_PROXY: proxy.url.replace('//', '//me%40corp:CANARY-SECRET@') } })
@@ -131,7 +146,7 @@ t.test('a tunnel that is not made is a failure after which nothing was sent, wit
   t.match(await sendOnce({ ...env, HTTP_PROXY: await startRaw(t, 'SSH-2.0-OpenSSH\r\n') }), unsent(/^proxy: HPE_/))
   t.match(await sendOnce({ ...env, HTTP_PROXY: 'http://127.0.0.1:9' }), unsent('proxy: ECONNREFUSED'))
   // A label of 64 bytes needs no name server.
-  t.match(await sendOnce({ ...env, HTTP_PROXY: `http://${'x'.repeat(64)}` }), unsent(/^proxy: (ENOTFOUND|EAI_)/))
+  t.match(await sendOnce({ ...env, ALLOW_HTTP_UPSTREAM: 'true', HTTP_PROXY: `http://${'x'.repeat(64)}` }), unsent(/^proxy: (ENOTFOUND|EAI_)/))
   // The proxy speaks no TLS.
   t.match(await sendOnce({ ...env, HTTP_PROXY: proxy.url.replace('http:', 'https:') }), unsent(/^proxy: /))
   const mute = await startProxy(t, { answer: () => {} })
