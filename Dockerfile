@@ -17,6 +17,21 @@ COPY tsconfig.json ./
 COPY src src
 RUN npm run build -- --sourceMap false
 
+# The balancer and the monitoring of docker-compose.yml. A build of the relay skips them.
+FROM debian:bookworm-slim AS debian
+RUN apt-get update
+
+FROM debian AS balancer
+RUN apt-get install -y --no-install-recommends haproxy
+STOPSIGNAL SIGUSR1
+USER haproxy
+CMD ["haproxy", "-db", "-f", "/etc/haproxy/haproxy.cfg"]
+
+FROM debian AS prometheus
+RUN apt-get install -y --no-install-recommends prometheus && install -d -o prometheus /prometheus
+USER prometheus
+CMD ["prometheus", "--config.file=/etc/prometheus/relay/prometheus.yml", "--storage.tsdb.path=/prometheus"]
+
 # Node, its libraries and the CA certificates: no shell, no npm.
 FROM gcr.io/distroless/nodejs24-debian12
 ENV PATH=/nodejs/bin:$PATH NODE_ENV=production PORT=8080
