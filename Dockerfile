@@ -18,17 +18,15 @@ COPY src src
 RUN npm run build -- --sourceMap false
 
 # The balancer and the monitoring of docker-compose.yml. A build of the relay skips them.
-FROM debian:bookworm-slim AS debian
-RUN apt-get update
-
-FROM debian AS balancer
-RUN apt-get install -y --no-install-recommends haproxy
+FROM debian:bookworm-slim AS balancer
+RUN apt-get update && apt-get install -y --no-install-recommends haproxy && rm -rf /var/lib/apt/lists/*
 STOPSIGNAL SIGUSR1
 USER haproxy
-CMD ["haproxy", "-db", "-f", "/etc/haproxy/haproxy.cfg"]
+CMD ["haproxy", "-db", "-q", "-f", "/etc/haproxy/haproxy.cfg"]
 
-FROM debian AS prometheus
-RUN apt-get install -y --no-install-recommends prometheus && install -d -o prometheus /prometheus
+FROM debian:bookworm-slim AS prometheus
+RUN apt-get update && apt-get install -y --no-install-recommends prometheus && rm -rf /var/lib/apt/lists/* \
+ && install -d -o prometheus /prometheus
 USER prometheus
 CMD ["prometheus", "--config.file=/etc/prometheus/relay/prometheus.yml", "--storage.tsdb.path=/prometheus"]
 

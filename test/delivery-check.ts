@@ -5,6 +5,8 @@ import type { Row } from '#src/sandbox/ledger.js'
 export interface Call {
   identity: { identified_id: string, anon_id: string, properties: Record<string, unknown> }
   status?: number
+  /** That of a problem. A balancer's own answer has none. */
+  code?: string | undefined
 }
 
 /**

@@ -9,6 +9,7 @@ interface Options { async?: number, pauseMs?: number }
 export function createCallers (url: () => string, { async: share = 0, pauseMs = 0 }: Options = {}) {
   const calls: Call[] = []
   const times: number[] = []
+  let withoutRetryAfter = 0
   let end = new AbortController()
   let running: Promise<unknown> = Promise.resolve()
 
@@ -22,8 +23,9 @@ export function createCallers (url: () => string, { async: share = 0, pauseMs = 
         method: 'POST', headers, body: JSON.stringify(one.identity), signal: AbortSignal.timeout(30_000)
       })
       one.status = answer.status
+      if (answer.status === 503 && !answer.headers.has('retry-after')) withoutRetryAfter++
       times.push(performance.now() - since)
-      await answer.arrayBuffer()
+      one.code = /"code":"(\w+)"/.exec(await answer.text())?.[1]
     } catch {
       // The relay ended before it answered: the outcome is unknown.
     }
@@ -47,6 +49,8 @@ export function createCallers (url: () => string, { async: share = 0, pauseMs = 
     /** The time to each answer, in ms. */
     times,
     call,
+    /** The number of 503 without a Retry-After. */
+    withoutRetryAfter: () => withoutRetryAfter,
     /** Starts callers with one request at a time each. One in ten reuses its last anonymous id, for another user. */
     start (count: number): void {
       end = new AbortController()

@@ -25,9 +25,16 @@ const UNTIL_MS = 30_000
 /** A built program as a real process. Its output is collected, and a fatal error in it fails the test. */
 export function startProcess (t: Test, script: string, args: string[] = [], env: Env = {}, { mayBreak = false, isCovered = false }: Options = {}) {
   const coverage = Object.fromEntries(Object.entries(process.env).filter(([name]) => /^_?TAP|^NODE_V8|^PATH$/.test(name)))
-  const child: ChildProcess = isCovered
+  return watch(t, isCovered
     ? spawn(process.execPath, [script, ...args], { env: { ...coverage, ...env } })
-    : spawn('env', withoutCoverage(env, script, ...args))
+    : spawn('env', withoutCoverage(env, script, ...args)), mayBreak)
+}
+
+/** Another program as a process with `env` alone, watched in the same way. */
+export const startCommand = (t: Test, command: string, args: string[], env: Env = {}) =>
+  watch(t, spawn(command, args, { env: { PATH: process.env.PATH, ...env } }), false)
+
+function watch (t: Test, child: ChildProcess, mayBreak: boolean) {
   let output = ''
   for (const stream of [child.stdout, child.stderr]) stream?.on('data', chunk => { output += String(chunk) })
   const exit = new Promise<number | null>(resolve => child.once('close', code => {
