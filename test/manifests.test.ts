@@ -1,8 +1,8 @@
-import { readdirSync, readFileSync, writeFileSync } from 'node:fs'
+import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { t, type Test } from 'tap'
 import ts from 'typescript'
-import { parseAllDocuments } from 'yaml'
+import { parse, parseAllDocuments } from 'yaml'
 import { readConfig, SECRETS } from '#src/config.js'
 import { Environment } from '#src/environment.js'
 
@@ -138,5 +138,26 @@ t.test('the relay of each manifest has variables and a version that it starts wi
     })
     t.equal(config.MIXPANEL_TOKEN, 'token')
     if (config.OUTBOX.startsWith('file:')) t.ok(relay.volumeMounts?.some(({ mountPath }) => mountPath === config.OUTBOX.slice(5)), `${path}: the outbox is on a volume`)
+  }
+})
+
+interface Workflow {
+  permissions: Labels
+  jobs: Record<string, { 'runs-on': string, 'timeout-minutes': number, steps: { uses?: string, run?: string }[] }>
+}
+
+t.test('the workflows pin their actions, read only, and run commands that exist', async t => {
+  const { scripts } = JSON.parse(readFileSync('package.json', 'utf8'))
+  for (const name of readdirSync('.github/workflows')) {
+    const { permissions, jobs } = parse(readFileSync(`.github/workflows/${name}`, 'utf8')) as Workflow
+    t.same(permissions, { contents: 'read' }, `${name}: what a job may do is named in the job`)
+    for (const [job, { 'runs-on': machine, 'timeout-minutes': minutes, steps }] of Object.entries(jobs)) {
+      t.match({ machine, minutes }, { machine: /^ubuntu-\d/, minutes: Number }, `${name}: ${job} has a machine and a bound`)
+      for (const { uses, run = '' } of steps) {
+        if (uses !== undefined) t.match(uses, /^[\w-]+\/[\w-]+@(?:v\d+|[0-9a-f]{40})$/, `${name}: ${uses} has a version`)
+        for (const [, script = ''] of run.matchAll(/npm (?:run (?=[\w:])|(?=test))([\w:]+)/g)) t.ok(script in scripts, `${name}: npm run ${script} exists`)
+        for (const [, path = ''] of run.matchAll(/node ([\w/]+\.js)/g)) t.ok(existsSync(path), `${name}: ${path} exists`)
+      }
+    }
   }
 })
