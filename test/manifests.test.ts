@@ -120,11 +120,12 @@ t.test('the names in each manifest lead to something', async t => {
 
 t.test('the relay of each manifest has variables and a version that it starts with, and no privileges', async t => {
   const known = new Set([...Object.keys(Environment.properties), ...SECRETS.map(name => `${name}_FILE`)])
+  const { version } = JSON.parse(readFileSync('package.json', 'utf8'))
+  t.ok(readFileSync('Dockerfile', 'utf8').includes(`ARG VERSION=${version}\n`), 'the Dockerfile has the version')
   const secrets: Record<string, string> = { token: 'token', 'api-keys': 'backend:a-key-of-at-least-16', 'redis-url': 'redis://redis:6379' }
   for (const [path, objects] of manifests) {
     const pod = podOf(objects.find(object => podOf(object) !== undefined) as Manifest)
     const relay = relayOf(pod)
-    const { version } = JSON.parse(readFileSync('package.json', 'utf8'))
     t.equal(relay.image, `identify-relay:${version}`, `${path}: the version of the image`)
     t.equal(pod.enableServiceLinks, false, `${path}: Kubernetes sets no variable for a Service`)
     t.match(relay.securityContext, {

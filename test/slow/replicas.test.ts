@@ -1,7 +1,11 @@
 import { spawnSync } from 'node:child_process'
 import { randomUUID } from 'node:crypto'
+import { once } from 'node:events'
 import { readFileSync, writeFileSync } from 'node:fs'
+import { createServer, request, type IncomingMessage } from 'node:http'
+import type { AddressInfo } from 'node:net'
 import { join } from 'node:path'
+import { text } from 'node:stream/consumers'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t, type Test } from 'tap'
 import { createCallers } from '../load.ts'
@@ -118,4 +122,35 @@ t.test('three relays behind HAProxy lose nothing while each of them and their Re
   t.same(violations(callers.calls, rows, { repeats: callers.calls.length, doubtful: IN_FLIGHT * kills }), [])
   const repeats = rows.length - new Set(rows.map(({ properties }) => properties.$insert_id)).size
   t.comment(`${repeats} duplicates, ${violations(callers.calls, rows, { repeats }).length} identities with 503 that arrived`)
+})
+
+t.test('HAProxy repeats the largest identity where a relay dies with it, and says so where it cannot repeat', needsBoth, async t => {
+  let dropped = 0
+  const server = createServer((incoming, response) => {
+    if (incoming.method === 'GET') response.end()
+    else incoming.resume().on('end', () => dropped++ === 0 ? incoming.socket.destroy() : response.end('{}'))
+  }).listen(0, '127.0.0.1')
+  await once(server, 'listening')
+  t.teardown(() => { server.close().closeAllConnections() })
+  const { url } = await startHaproxy(t, [(server.address() as AddressInfo).port])
+  /** Each request has a connection of its own: on one that HAProxy has used before it closes without an answer. */
+  async function post (bytes: number) {
+    dropped = 0
+    const one = request(`${url}/identify`, { method: 'POST', agent: false, headers: { authorization: `Bearer ${'x'.repeat(8000)}` } })
+    one.end('x'.repeat(bytes))
+    const [answer] = await once(one, 'response') as [IncomingMessage]
+    return { status: answer.statusCode, headers: answer.headers, body: await text(answer) }
+  }
+  for (const bytes of [100, 65_536]) {
+    t.equal((await post(bytes)).status, 200)
+    t.equal(dropped, 2, 'it was sent twice')
+  }
+  const problem = { headers: { 'retry-after': '1', 'content-type': 'application/problem+json' } }
+  const unknown = await post(200_000)
+  t.match(unknown, { status: 502, ...problem }, 'a large batch is sent once')
+  t.match(JSON.parse(unknown.body), { status: 502, retryable: true, detail: /outcome is unknown/ })
+  server.close().closeAllConnections()
+  const none = await post(100)
+  t.match(none, { status: 503, ...problem })
+  t.match(JSON.parse(none.body), { status: 503, retryable: true })
 })
