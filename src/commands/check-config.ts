@@ -5,7 +5,9 @@ import { createApiKeys } from '../http/callers/api-keys.ts'
 import { baseUrl } from '../mixpanel/client.ts'
 import { dataUrl } from '../mixpanel/export.ts'
 import { describeProxy } from '../proxy.ts'
-import { urlOf } from './healthcheck.ts'
+
+/** Returns the URL of a host and a port. */
+const urlOf = (host: string, port: number) => `http://${host.includes(':') ? `[${host}]` : host}:${port}`
 
 /**
  * Returns the effective configuration for people: a line `NAME=value # source` for each variable, and a last line with
