@@ -32,9 +32,7 @@ export interface AccessLine {
  * `details` needs escapes: methods and routes come from fixed lists, `requestId` and `caller` have fixed alphabets.
  * `toggleDebug` switches the level to `debug` and back, and logs the level that holds from now on.
  */
-export function createLog (
-  level: string, destination: { write: (line: string) => void, dropped?: () => number }
-) {
+export function createLog (level: string, destination: { write: (line: string) => void }) {
   const logger: Logger = pino({ level, base: null }, destination)
   const info = logger.levels.values.info as number
 
@@ -62,13 +60,7 @@ export function createLog (
         : `"mixpanel_ms":${sent.mixpanel_ms},"attempts":${sent.attempts},"events":${sent.events},`) +
       `${added}"msg":"request completed"}\n`)
   }
-  return {
-    logger,
-    logRequest,
-    toggleDebug,
-    /** Returns how many lines the destination has dropped. */
-    dropped: () => destination.dropped?.() ?? 0
-  }
+  return { logger, logRequest, toggleDebug }
 }
 
 /** The shortest time between two log lines about one fault that many requests meet. */

@@ -109,7 +109,7 @@ export async function openMetrics (version: string) {
   const droppedLines = counter('log_lines_dropped_total', 'Log lines that nothing has read in time.')
   const ages = gauge('secret_age_seconds', 'The time since a secret was read from its file.', ['variable'])
   const broken = gauge('secret_file_unusable', '1 while the file of a secret cannot be used.', ['variable'])
-  // A rate needs a first value: without these the first of each kind would be invisible.
+  // As in `announce`.
   for (const to of ['open', 'closed']) transitions.inc({ to }, 0)
   for (const rule of ['MAX_ANON_PER_USER', 'MAX_USERS_PER_ANON']) {
     for (const action of ['refused', 'warned']) guard.inc({ rule, action }, 0)
@@ -152,6 +152,12 @@ export async function openMetrics (version: string) {
 
   return {
     ...metrics,
+    /** Prints the counters of these problem codes from the start: a rate needs a first value. */
+    announce (codes: string[]): void {
+      for (const outcome of ['accepted', 'queued']) identities.inc({ outcome, code: outcome }, 0)
+      for (const code of codes) identities.inc({ outcome: 'failed', code }, 0)
+      for (const code of ['accepted', ...codes.filter(code => /mixpanel/.test(code))]) upstream.inc({ code }, 0)
+    },
     contentType: registry.contentType,
     /** Resolves with all metrics in Prometheus' text format. */
     render (snapshot: Snapshot): Promise<string> {

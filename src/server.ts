@@ -83,7 +83,9 @@ async function runServe (config: Config, _: string[], secrets: SecretFiles): Pro
     log.logger.warn({ variable, hint }, 'variable ignored')
   }
   const relay = await serve(config, log, secrets, {
-    version: version(), openFiles: openFilesLimit(() => readFileSync('/proc/self/limits', 'utf8'))
+    version: version(),
+    droppedLogLines: destination.dropped,
+    openFiles: openFilesLimit(() => readFileSync('/proc/self/limits', 'utf8'))
   })
   isWaitingForDisk = relay.isWaitingForDisk
   for (const signal of END_SIGNALS) process.off(signal, exitDuringStart)
@@ -111,21 +113,11 @@ async function healthcheck (): Promise<void> {
     socket.on('data', bytes => resolve(/^HTTP\/1\.1 (\d{3}) /.exec(String(bytes))?.[1]))
   })
   socket.write('GET /livez HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n')
-  try {
-    const found = await status
-    if (found !== '200') throw new Error(`/livez answered ${found ?? 'something that is not HTTP'}`)
-    finish(1, 'The relay is alive.', 0)
-  } catch (error) {
-    finish(2, `The relay is not alive: ${(error as Error).message}.`, 1)
-  }
-}
-
-function finish (fd: number, text: string, code: number): void {
-  try {
-    writeSync(fd, `${text}\n`)
-  } catch {
-    // The exit code counts.
-  }
+  const problem = await status.then(found => found === '200'
+    ? undefined
+    : `/livez answered ${found ?? 'something that is not HTTP'}`, (error: Error) => error.message)
+  const [fd, state, code] = problem === undefined ? [1, 'alive', 0] as const : [2, `not alive: ${problem}`, 1] as const
+  writeSync(fd, `The relay is ${state}.\n`)
   process.exit(code)
 }
 

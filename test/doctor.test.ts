@@ -283,6 +283,7 @@ t.test('check-config prints the effective configuration, without secrets', async
   ]) t.ok(lines.includes(line), line)
   t.match(text, /^API_KEYS=key:web,key:[0-9a-f]{8} # environment$/m)
   const bare = { MIXPANEL_TOKEN: TOKEN, DOCS: 'false' }
+  t.match(describeConfig(readConfig({ ...bare, HOST: '::1' }, () => ''), bare), /http:\/\/\[::1\]:8080 relays to/)
   t.match(describeConfig(readConfig(bare, () => ''), bare), /^API_KEYS= # not set$.*^JWT_JWKS_URL= # not set$.*^DOCS=false # environment$/ms)
   const { exit, output } = startProcess(t, SERVER, ['check-config'], { MIXPANEL_TOKEN: TOKEN, MIXPANEL_REGION: 'eu' }, { isCovered: true })
   t.equal(await exit, 0)

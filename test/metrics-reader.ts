@@ -6,10 +6,11 @@ export function parseMetrics (text: string): Series {
   const series: Series = new Map()
   for (const line of text.split('\n')) {
     if (line === '' || /^# (?:HELP|TYPE) \w+ .+/.test(line)) continue
-    const [, name, value] = /^(\w+(?:\{(?:\w+="(?:[^"\\\n]|\\.)*",?)*\})?) (\S+)$/.exec(line) ?? []
-    if (name === undefined || value === undefined || Number.isNaN(Number(value.replace('+Inf', 'Infinity')))) throw new Error(`not a series: ${line}`)
+    const [, name, text] = /^(\w+(?:\{(?:\w+="(?:[^"\\\n]|\\.)*",?)*\})?) (\S+)$/.exec(line) ?? []
+    const value = text === 'Nan' ? NaN : Number(text?.replace('+Inf', 'Infinity'))
+    if (name === undefined || (text !== 'Nan' && Number.isNaN(value))) throw new Error(`not a series: ${line}`)
     if (series.has(name)) throw new Error(`twice: ${name}`)
-    series.set(name, Number(value.replace('+Inf', 'Infinity')))
+    series.set(name, value)
   }
   return series
 }

@@ -13,9 +13,9 @@ import type { Outbox } from '#src/outbox/outbox.js'
 import { connectRedis } from '#src/redis.js'
 import { runAdminCommand } from '#src/commands/admin.js'
 import {
-  emptied, identity, leaks, needsRedis, silent, startRedis, startRelayWithOutbox, startSandbox, temporary, TOKEN, type Env
+  emptied, identity, leaks, needsRedis, silent, startRedis, startRelay, startRelayWithOutbox, startSandbox, temporary, TOKEN, type Env
 } from './helper.ts'
-import { readMetrics, sum } from './metrics-reader.ts'
+import { parseMetrics, readMetrics, sum } from './metrics-reader.ts'
 import { startServer } from './processes.ts'
 
 /** The relay as a process with METRICS_PORT. */
@@ -230,7 +230,8 @@ t.test('/status says why the relay is degraded', async t => {
     [undefined, { redis: () => undefined }],
     ['secret_file_unusable', { secrets: () => [{ variable: 'API_KEYS', readAt: new Date(), problem: 'it is empty' }] }, /API_KEYS_FILE: it is empty/],
     ['jwks_stale', { jwks: () => 'stale' }],
-    [undefined, { jwks: () => 'current' }]
+    [undefined, { jwks: () => 'current' }],
+    [undefined, { relay: { state: () => ({ in_flight: 0, mixpanel: 'asked', last_verdict: null }), failingSince: () => undefined, clockSkew: () => undefined } as never }]
   ]
   for (const [code, given, detail] of cases) {
     const { reasons, app } = await startApp(t, given, { OUTBOX: given.outbox === undefined ? 'off' : 'file:/x' })
@@ -275,14 +276,67 @@ t.test('silent connections do not keep Prometheus out', async t => {
   t.teardown(() => { for (const socket of silentOnes) socket.destroy() })
   for (const socket of silentOnes) socket.on('error', () => {})
   await Promise.all(silentOnes.map(socket => once(socket, 'connect')))
-  await t.rejects(fetch(`${url.href}metrics`), 'a further connection is refused')
-  silentOnes[0]?.write('GET /metrics HTTP/1.1\r\n')
-  await Promise.all(silentOnes.map(socket => socket.resume().closed || once(socket, 'close')))
+  const closed = silentOnes.map(socket => once(socket.resume(), 'close'))
+  t.equal((await fetch(`${url.href}metrics`)).status, 200)
+  await closed[0]
+  t.equal(silentOnes.filter(socket => socket.destroyed).length, 1, 'the oldest one makes room')
+  silentOnes[1]?.write('GET /metrics HTTP/1.1\r\n')
+  await Promise.all(closed)
   t.equal((await fetch(`${url.href}metrics`)).status, 200)
 })
 
-t.test('every counter without METRICS_PORT does nothing', async t => {
+t.test('every counter counts, and does nothing without METRICS_PORT', async t => {
+  const { app, metrics } = await startApp(t)
+  metrics.identities('failed', 'overloaded', 3)
+  metrics.request('POST', '/identify', 200, 20)
+  metrics.rateLimited('user')
+  metrics.mixpanelRequest('accepted', 20, 7)
+  metrics.retry()
+  metrics.breaker('open')
+  metrics.outbox('stored', 'late', 2)
+  metrics.mergeGuard('MAX_ANON_PER_USER', 'warned')
+  metrics.secretReload('API_KEYS', 'used')
+  const series = parseMetrics((await app.inject('/metrics')).payload)
+  const expected = {
+    'identities_total{outcome="failed",code="overloaded"}': 3,
+    'http_requests_total{method="POST",route="/identify",status="200"}': 1,
+    'rate_limited_total{caller="user"}': 1,
+    'mixpanel_requests_total{code="accepted"}': 1,
+    mixpanel_batch_size_sum: 7,
+    mixpanel_retries_total: 1,
+    'breaker_transitions_total{to="open"}': 1,
+    'outbox_identities_total{outcome="stored",reason="late"}': 2,
+    'merge_guard_total{rule="MAX_ANON_PER_USER",action="warned"}': 1,
+    'secret_reloads_total{variable="API_KEYS",result="used"}': 1,
+    'http_request_duration_seconds_bucket{le="0.025",route="/identify"}': 1,
+    'http_request_duration_seconds_bucket{le="0.01",route="/identify"}': 0,
+    mixpanel_request_duration_seconds_sum: 0.02
+  }
+  for (const [name, value] of Object.entries(expected)) t.equal(series.get(`identify_relay_${name}`), value, name)
+  t.equal(series.get('identify_relay_identities_total{outcome="failed",code="internal"}'), 0, 'a rate has a first value')
+  t.ok(Number(series.get('process_resident_memory_bytes')) > 1e6)
   for (const count of Object.values(NO_METRICS)) t.equal((count as () => void)(), undefined)
+  t.match((await app.inject('/')).json(), { status: 404, code: 'not_found' })
+})
+
+t.test('what is away is on /readyz?verbose, whatever uses it', async t => {
+  const redis = await connectRedis('redis://127.0.0.1:9', silent, { isRequired: false })
+  t.teardown(() => redis.disconnect())
+  const { inject } = await startRelay(t, { redis })
+  t.match((await inject({ url: '/readyz?verbose' })).json().parts, { redis: { state: 'away', since: String, cause: 'ECONNREFUSED' } })
+  const connected = await startRelay(t, { redis: { defineCommand () {} } as never })
+  t.match((await connected.inject({ url: '/readyz?verbose' })).json().parts, { redis: { state: 'connected' } })
+  const relay = await startRelayWithOutbox(t, { env: { OUTBOX_MAX_BYTES: '1' } })
+  const away = { prefer: 'respond-async' }
+  t.match((await relay.post(identity(), { headers: away })).json(), { status: 503, code: 'overloaded', detail: /^The outbox is full/ })
+  t.match(relay.relay.state().outbox, { rejecting_since: String })
+  relay.outbox.outage = () => ({ part: 'disk', since: new Date(0) })
+  relay.outbox.put = async () => 'unknown'
+  relay.outbox.has = async () => 'unknown'
+  t.match(relay.relay.state().outbox, { unavailable_since: '1970-01-01T00:00:00.000Z', waits_for: 'disk' })
+  for (const headers of [away, {}]) {
+    t.match((await relay.post(identity(), { headers })).json(), { status: 503, detail: /The outbox waits for its disk since 1970-01-01T00:00:00\.000Z\.$/ })
+  }
 })
 
 t.test('Redis away is on /status, /readyz?verbose, in the log and in the detail of an answer, with its part and time', needsRedis, async t => {
@@ -368,17 +422,20 @@ t.test('files of secrets have an age, and a broken one is on /status', async t =
   mkdirSync(join(directory, 'run'))
   const path = join(directory, 'run', 'token')
   writeFileSync(path, TOKEN)
-  const relay = await startServer(t, sandbox.url, { MIXPANEL_TOKEN: '', MIXPANEL_TOKEN_FILE: path, METRICS_PORT: '0' })
+  const relay = await startServer(t, sandbox.url, {
+    MIXPANEL_TOKEN: '', MIXPANEL_TOKEN_FILE: path, METRICS_PORT: '0', METRICS_HOST: '127.0.0.1', REDIS_URL: 'redis://127.0.0.1:9'
+  }, { isCovered: true })
   const [, url] = await relay.until(/"url":"([^"]+)","msg":"metrics listening"/) as unknown as [string, string]
-  t.match(await (await fetch(`${url}/status`)).json(), { secrets: [{ variable: 'MIXPANEL_TOKEN', age_seconds: 0, problem: null }] })
+  t.match(await (await fetch(`${url}/status`)).json(), { secrets: [{ variable: 'MIXPANEL_TOKEN', age_seconds: Number, problem: null }], redis: 'away' })
   truncateSync(path)
   await relay.until(/secret file unusable/)
-  t.match(await (await fetch(`${url}/status`)).json(), { status: 'degraded', reasons: [{ code: 'secret_file_unusable' }] })
+  t.match(await (await fetch(`${url}/status`)).json(), { status: 'degraded', reasons: [{ code: 'redis_away' }, { code: 'secret_file_unusable' }] })
   writeFileSync(path, `${TOKEN}2`)
   await relay.until(/secret reloaded/)
   await sleep(300)
-  t.match(await (await fetch(`${url}/status`)).json(), { status: 'ok' })
+  t.match(await (await fetch(`${url}/status`)).json(), { reasons: [{ code: 'redis_away' }] })
   const metrics = await readMetrics(url)
   for (const result of ['used', 'refused']) t.equal(metrics.get(`identify_relay_secret_reloads_total{variable="MIXPANEL_TOKEN",result="${result}"}`), 1)
-  t.equal(metrics.get('identify_relay_secret_age_seconds{variable="MIXPANEL_TOKEN"}'), 0)
+  t.ok(Number(metrics.get('identify_relay_secret_age_seconds{variable="MIXPANEL_TOKEN"}')) < 10)
+  t.equal(await relay.kill('SIGTERM'), 0)
 })

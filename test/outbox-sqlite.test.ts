@@ -96,6 +96,7 @@ t.test('a commit that fails stores nothing and is logged at most once a minute',
 t.test('a commit that breaks a rule of the tables is rolled back', async t => {
   const outbox = openDatabase(join(t.testdir({}), 'relay'), PROJECT, limits)
   t.teardown(() => outbox.close())
+  t.match(outbox.disk(), { free: Number, size: Number })
   const good = ['key', event().json, 1, Infinity] as const
   t.match(outbox.put([[...good], ['key', null as unknown as string, 1, Infinity]]), { results: ['rejected', 'rejected'], cause: /NOT NULL/ })
   t.match(outbox.counts(), { waiting: 0, bytes: 0 })

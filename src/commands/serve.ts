@@ -44,8 +44,8 @@ let document: Promise<{ document: object, yaml: string }> | undefined
 export const openapiDocument = (config: Config) =>
   (document ??= import('../http/openapi.ts').then(({ openapi }) => openapi(config)))
 
-/** The version of the relay, and the number of files that its process may open. */
-interface Process { version: string, openFiles?: number }
+/** The version of the relay, how many log lines were dropped, and the number of files that its process may open. */
+interface Process { version: string, droppedLogLines: () => number, openFiles?: number }
 
 /**
  * Starts the relay and resolves when it listens. From then on a signal starts a shutdown, which takes at most
@@ -55,10 +55,9 @@ interface Process { version: string, openFiles?: number }
  * `isWaitingForDisk` returns true while the outbox closes: if its disk hangs, so would an exit.
  */
 export async function serve (
-  requested: Config, log: ReturnType<typeof createLog>, secrets: SecretFiles,
-  { version, openFiles = Infinity }: Process
+  requested: Config, { logger, logRequest }: ReturnType<typeof createLog>, secrets: SecretFiles,
+  { version, droppedLogLines, openFiles = Infinity }: Process
 ): Promise<{ end: () => void, isWaitingForDisk: () => boolean }> {
-  const { logger, logRequest } = log
   const connections = Math.max(1, Math.min(requested.MAX_CONNECTIONS, openFiles - OTHER_FILES))
   const config = { ...requested, MAX_CONNECTIONS: connections }
   if (connections < requested.MAX_CONNECTIONS) {
@@ -113,7 +112,7 @@ export async function serve (
     redis: redis && (() => redisOutage(redis)),
     jwks: tokens?.state,
     secrets: watch.state,
-    droppedLogLines: log.dropped,
+    droppedLogLines,
     load: app.load,
     isShuttingDown: app.isShuttingDown
   }, logger)

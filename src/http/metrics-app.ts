@@ -1,9 +1,10 @@
+import type { Socket } from 'node:net'
 import Fastify, { type FastifyInstance } from 'fastify'
 import type { openMetrics } from '../metrics.ts'
 import { problemBody, PROBLEMS } from './problem.ts'
 import type { Status } from './status.ts'
 
-/** Scrapers and probes need a few. */
+/** Scrapers and probes need a few. Beyond it the oldest one is closed, so that nothing keeps Prometheus out. */
 const MAX_CONNECTIONS = 64
 
 /** A request that is incomplete after this time is refused, and so is its connection. */
@@ -13,7 +14,7 @@ const REQUEST_TIMEOUT_MS = 5000
 const MAX_AGE_MS = 250
 
 interface Options {
-  metrics: Pick<Awaited<ReturnType<typeof openMetrics>>, 'contentType' | 'render' | 'identities'>
+  metrics: Pick<Awaited<ReturnType<typeof openMetrics>>, 'contentType' | 'render' | 'announce'>
   status: Pick<Status, 'report' | 'snapshot'>
 }
 
@@ -28,10 +29,13 @@ export function buildMetricsApp ({ metrics, status }: Options): FastifyInstance 
     // No route has a body.
     bodyLimit: 1
   })
-  app.server.maxConnections = MAX_CONNECTIONS
-  // As in metrics.ts: a rate needs a first value.
-  for (const outcome of ['accepted', 'queued'] as const) metrics.identities(outcome, outcome, 0)
-  for (const code of Object.keys(PROBLEMS)) metrics.identities('failed', code, 0)
+  const connections = new Set<Socket>()
+  app.server.on('connection', (socket: Socket) => {
+    connections.add(socket)
+    socket.on('close', () => connections.delete(socket))
+    if (connections.size > MAX_CONNECTIONS) [...connections][0]?.destroy()
+  })
+  metrics.announce(Object.keys(PROBLEMS))
   const render = shared(async () => metrics.render(await status.snapshot()))
   const report = shared(status.report)
 
