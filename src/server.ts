@@ -10,8 +10,8 @@ process.on('SIGHUP', () => {})
 // By default SIGUSR1 opens Node's inspector on loopback, which all containers of a pod share.
 process.on('SIGUSR1', () => {})
 // By default SIGUSR2 ends the process. It toggles the log level once there is a log.
-let toggleDebug = () => {}
-process.on('SIGUSR2', () => toggleDebug())
+let toggleDebug: (() => void) | undefined
+process.on('SIGUSR2', () => toggleDebug?.())
 
 const { fstatSync, readFileSync, writeSync } = process.getBuiltinModule('node:fs')
 type Config = import('./config.ts').Config

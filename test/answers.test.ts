@@ -132,6 +132,9 @@ t.test('Mixpanel\'s Retry-After holds for the callers that follow, with what is 
   t.equal((await post(identity())).statusCode, 503)
   t.equal((await post(identity())).statusCode, 200, 'without a Retry-After the next one is sent')
   t.equal(relay.failingSince(), undefined)
+  sandbox.faults.add({ name: 'rate_limited', times: 2 })
+  for (let count = 0; count < 2; count++) t.equal((await post(identity())).statusCode, 503)
+  t.type(relay.failingSince(), Date)
 })
 
 t.test('no request is repeated while Mixpanel asks not to be sent anything', async t => {

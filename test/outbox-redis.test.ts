@@ -179,6 +179,7 @@ t.test('a connection that is lost is logged, and one that Redis closes while it 
   t.same(new Set(logged), new Set(['outbox unavailable', 'Redis connection lost', 'Redis connection restored']))
   t.equal(next.port, server.port)
   t.equal(outbox.outage(), undefined)
+  t.equal(await outbox.disk(), undefined)
   await outbox.close()
 })
 

@@ -405,6 +405,8 @@ for (const mode of ['original', 'simplified'] as const) {
     await shows(page, '#mode', mode === 'original' ? 'Original ID Merge' : 'Simplified ID Merge')
     await shows(page, '#events-more', `MIXPANEL_URL=${sandbox.url}`)
     const [phone, web] = [randomUUID(), randomUUID()]
+    // Duplicates have one `time`, in seconds.
+    await sleep(1000 - Date.now() % 1000)
     for (const [user, anon] of [['user-42', phone], ['user-42', `$device:${web}`], ['user-42', phone], ['user-43', phone]] as const) {
       t.equal((await post({ identified_id: user, anon_id: anon })).statusCode, 200)
     }
