@@ -423,7 +423,7 @@ t.test('files of secrets have an age, and a broken one is on /status', async t =
   const path = join(directory, 'run', 'token')
   writeFileSync(path, TOKEN)
   const relay = await startServer(t, sandbox.url, {
-    MIXPANEL_TOKEN: '', MIXPANEL_TOKEN_FILE: path, METRICS_PORT: '0', METRICS_HOST: '127.0.0.1', REDIS_URL: 'redis://127.0.0.1:9'
+    MIXPANEL_TOKEN: '', MIXPANEL_TOKEN_FILE: path, METRICS_PORT: '0', METRICS_HOST: '127.0.0.1', REDIS_URL: 'redis://127.0.0.1:9', JWT_SECRET: 's'.repeat(32)
   }, { isCovered: true })
   const [, url] = await relay.until(/"url":"([^"]+)","msg":"metrics listening"/) as unknown as [string, string]
   t.match(await (await fetch(`${url}/status`)).json(), { secrets: [{ variable: 'MIXPANEL_TOKEN', age_seconds: Number, problem: null }], redis: 'away' })

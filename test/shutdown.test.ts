@@ -35,7 +35,7 @@ t.test('close answers the requests in flight, and refuses what completes after i
   const pending = halfOpenPeer(t, port)
   pending.socket.write(get('/livez'))
   const closed = app.close()
-  await sleep(100)
+  while (!app.isShuttingDown()) await sleep(5)
   late.socket.write(whole.slice(20))
   t.match(await inFlight.ended, /^HTTP\/1.1 200 OK.*"accepted"/s, 'the request in flight is answered')
   t.match(await late.ended, /^HTTP\/1.1 503 .*retry-after: 1.*"draining"/s, 'the late request gets 503')
