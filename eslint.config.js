@@ -4,8 +4,8 @@ import neostandard, { plugins } from 'neostandard'
 const floors = [
   ['server.ts', 'sandbox'], ['commands'], ['http'], ['relay'], ['outbox', 'mixpanel'], ['identity'],
   [
-    'concurrency', 'config.ts', 'environment.ts', 'secrets.ts', 'log.ts', 'metrics.ts', 'redis.ts', 'proxy.ts',
-    'tunnel.ts', 'get.ts'
+    'concurrency', 'config.ts', 'environment.ts', 'secrets.ts', 'log.ts', 'metrics.ts', 'tally.ts', 'redis.ts',
+    'process-metrics.ts', 'proxy.ts', 'tunnel.ts', 'get.ts'
   ]
 ]
 const last = floors.length - 1

@@ -1,4 +1,6 @@
-import type { Gauge } from 'prom-client'
+import type { Gauge, Metric } from 'prom-client'
+import { addProcessMetrics } from './process-metrics.ts'
+import { createDurations, createTally } from './tally.ts'
 
 /** Counts what happens. Each call costs a fraction of a microsecond. No label has an id or a text of a caller. */
 export interface Metrics {
@@ -81,7 +83,8 @@ const SIZES = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000]
 
 /** Resolves with counters, and with `render`, which returns all metrics as a text. It loads prom-client. */
 export async function openMetrics (version: string) {
-  const { Counter, Gauge, Histogram, Registry, collectDefaultMetrics } = (await import('prom-client')).default
+  const { default: promClient } = await import('prom-client')
+  const { Counter, Gauge, Histogram, Registry } = promClient
   const registry = new Registry()
   const nameOf = (name: string) => `identify_relay_${name}`
   const counter = <Label extends string = never>(name: string, help: string, labelNames: Label[] = []) =>
@@ -92,11 +95,14 @@ export async function openMetrics (version: string) {
   const gauge = <Label extends string = never>(name: string, help: string, labelNames: Label[] = []) =>
     new Gauge({ name: nameOf(name), help, labelNames, registers: [registry] })
 
-  collectDefaultMetrics({ register: registry })
+  addProcessMetrics(promClient, registry)
   gauge('build_info', 'The version.', ['version']).set({ version }, 1)
-  const identities = counter('identities_total', 'Identities by outcome.', ['outcome', 'code'])
-  const requests = counter('http_requests_total', 'Requests of callers, health aside.', ['method', 'route', 'status'])
-  const durations = histogram('http_request_duration_seconds', 'Time to the answer of a caller.', SECONDS, ['route'])
+  const identities = createTally(nameOf('identities_total'), 'Identities by outcome.', ['outcome', 'code'])
+  const requests = createTally(
+    nameOf('http_requests_total'), 'Requests of callers, health aside.', ['method', 'route', 'status'])
+  const durations = createDurations(
+    nameOf('http_request_duration_seconds'), 'Time to the answer of a caller.', 'route', SECONDS)
+  for (const { metric } of [identities, requests, durations]) registry.registerMetric(metric as unknown as Metric)
   const limited = counter('rate_limited_total', 'Requests beyond the limit of their caller.', ['caller'])
   const upstream = counter('mixpanel_requests_total', 'Requests to Mixpanel by the code of their answer.', ['code'])
   const upstreamDuration = histogram('mixpanel_request_duration_seconds', 'Time to an answer of Mixpanel.', SECONDS)
@@ -132,10 +138,10 @@ export async function openMetrics (version: string) {
   }
 
   const metrics: Metrics = {
-    identities: (outcome, code, count) => identities.inc({ outcome, code }, count),
+    identities: (outcome, code, count = 1) => identities.add(count, outcome, code),
     request (method, route = 'none', status, ms) {
-      requests.inc({ method, route, status })
-      durations.observe({ route }, ms / 1000)
+      requests.add(1, method, route, status)
+      durations.add(route, ms / 1000)
     },
     rateLimited: caller => limited.inc({ caller }),
     mixpanelRequest (code, ms, events) {
@@ -154,8 +160,8 @@ export async function openMetrics (version: string) {
     ...metrics,
     /** Prints the counters of these problem codes from the start: a rate needs a first value. */
     announce (codes: string[]): void {
-      for (const outcome of ['accepted', 'queued']) identities.inc({ outcome, code: outcome }, 0)
-      for (const code of codes) identities.inc({ outcome: 'failed', code }, 0)
+      for (const outcome of ['accepted', 'queued']) identities.add(0, outcome, outcome)
+      for (const code of codes) identities.add(0, 'failed', code)
       for (const code of ['accepted', ...codes.filter(code => /mixpanel/.test(code))]) upstream.inc({ code }, 0)
     },
     contentType: registry.contentType,
