@@ -50,9 +50,8 @@ interface Process { version: string, droppedLogLines: () => number, openFiles?: 
 /**
  * Starts the relay and resolves when it listens. From then on a signal starts a shutdown, which takes at most
  * SHUTDOWN_DELAY_MS + SHUTDOWN_TIMEOUT_MS + 3 s; a second signal ends the process at once. Rejects with a sentence when
- * the relay cannot start. `secrets` are the files of
- * secrets, which take effect when they change. `end` acts as a first signal.
- * `isWaitingForDisk` returns true while the outbox closes: if its disk hangs, so would an exit.
+ * the relay cannot start. `secrets` are the files of secrets, which take effect when they change. `end` acts as a first
+ * signal. `isWaitingForDisk` returns true while the outbox closes: if its disk hangs, so would an exit.
  */
 export async function serve (
   requested: Config, { logger, logRequest }: ReturnType<typeof createLog>, secrets: SecretFiles,
@@ -89,8 +88,6 @@ export async function serve (
   const mixpanel = baseUrl(config)
   const proxy = proxyFor(config, mixpanel)
   for (const [fields, message] of weaknesses(config)) logger.warn(fields, message)
-  const url = await app.listen({ host: config.HOST, port: config.PORT, backlog: BACKLOG })
-
   const watch = watchSecrets({
     ...secrets,
     log: logger,
@@ -116,6 +113,9 @@ export async function serve (
     load: app.load,
     isShuttingDown: app.isShuttingDown
   }, logger)
+
+  // The last step: until `serve` returns, a signal ends the process at once.
+  const url = await app.listen({ host: config.HOST, port: config.PORT, backlog: BACKLOG })
 
   let isClosingOutbox = false
   const delay = config.SHUTDOWN_DELAY_MS + config.SHUTDOWN_TIMEOUT_MS + CLOSING_MS
