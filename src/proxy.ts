@@ -1,5 +1,3 @@
-import type { Config } from './config.ts'
-
 /** A proxy for the way out. */
 export interface Proxy {
   /** The variable that names it. */
@@ -8,7 +6,8 @@ export interface Proxy {
   url: URL
 }
 
-type Settings = Pick<Config, 'HTTPS_PROXY' | 'HTTP_PROXY' | 'NO_PROXY'>
+/** The variables of a configuration that say which proxy there is, and for which hosts. */
+type Settings = { [name in Proxy['variable'] | 'NO_PROXY']?: string | undefined }
 
 /** The error of a connection through a proxy that was not made, so nothing was sent. `message` holds no secret. */
 export class TunnelError extends Error {
