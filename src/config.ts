@@ -25,6 +25,16 @@ export const serviceLinks = (env: Env) => Object.keys(Environment.properties)
 export const SECRETS = Object.entries<TSchema>(Environment.properties)
   .filter(([, schema]) => schema.secret === true).map(([name]) => name)
 
+/**
+ * Returns the variables in `env` that look like some of the relay's and are none: a misspelt one has no effect. What
+ * Kubernetes sets for a Service that is called `mixpanel` is not meant.
+ */
+export const unknownVariables = (env: Env) => Object.keys(env).filter(name => /^MIXPANEL_/.test(name) &&
+  !/_(?:PORT|SERVICE)(?:_|$)/.test(name) && !(name in Environment.properties) && !FILES.has(name))
+
+/** The variables that name the file of a secret. */
+const FILES = new Set(SECRETS.map(name => `${name}_FILE`))
+
 /** Returns every secret of a configuration, the parts of URLs and of accounts included. */
 export function secretsOf (config: Config): string[] {
   const { REDIS_URL: redis, MIXPANEL_SERVICE_ACCOUNT: account } = config

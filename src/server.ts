@@ -77,7 +77,8 @@ async function runServe (config: Config, _: string[], secrets: SecretFiles): Pro
   })
   const log = createLog(config.LOG_LEVEL, destination)
   toggleDebug = log.toggleDebug
-  const { serviceLinks } = await import('./config.ts')
+  const { serviceLinks, unknownVariables } = await import('./config.ts')
+  for (const variable of unknownVariables(process.env)) log.logger.warn({ variable }, 'variable unknown')
   for (const variable of serviceLinks(process.env)) {
     const hint = 'Kubernetes sets it for a Service; enableServiceLinks: false ends that'
     log.logger.warn({ variable, hint }, 'variable ignored')

@@ -283,6 +283,8 @@ t.test('check-config prints the effective configuration, without secrets', async
   ]) t.ok(lines.includes(line), line)
   t.match(text, /^API_KEYS=key:web,key:[0-9a-f]{8} # environment$/m)
   const bare = { MIXPANEL_TOKEN: TOKEN, DOCS: 'false' }
+  t.match(describeConfig(readConfig(bare, () => ''), { ...bare, MIXPANEL_ID_MERG: 'x', MIXPANEL_PORT_80_TCP: 'x', MIXPANEL_SERVICE_HOST: 'x', MIXPANEL_TOKEN_FILE: '' }),
+    /^# MIXPANEL_ID_MERG is no variable of the relay, and has no effect\.\nThe configuration is valid/m)
   t.match(describeConfig(readConfig({ ...bare, HOST: '::1' }, () => ''), bare), /http:\/\/\[::1\]:8080 relays to/)
   t.match(describeConfig(readConfig(bare, () => ''), bare), /^API_KEYS= # not set$.*^JWT_JWKS_URL= # not set$.*^DOCS=false # environment$/ms)
   const { exit, output } = startProcess(t, SERVER, ['check-config'], { MIXPANEL_TOKEN: TOKEN, MIXPANEL_REGION: 'eu' }, { isCovered: true })

@@ -120,7 +120,8 @@ t.test('--help and --version need no configuration', async t => {
 
 t.test('what Kubernetes sets for a Service named metrics is ignored with one warning', async t => {
   const { url } = await startSandbox(t)
-  const server = await startServer(t, url, { METRICS_PORT: 'tcp://10.0.0.1:9090', JWT_PORT: 'tcp://10.0.0.1:80' }, { isCovered: true })
+  const server = await startServer(t, url, { METRICS_PORT: 'tcp://10.0.0.1:9090', JWT_PORT: 'tcp://10.0.0.1:80', MIXPANEL_REGIO: 'eu' }, { isCovered: true })
+  t.match(server.output(), /"variable":"MIXPANEL_REGIO","msg":"variable unknown"/)
   t.match(server.output(), /"variable":"METRICS_PORT","hint":"[^"]*enableServiceLinks[^"]*","msg":"variable ignored"/)
   t.equal(await server.kill('SIGTERM'), 0)
 })

@@ -1,5 +1,5 @@
 import type { TSchema } from '@sinclair/typebox'
-import { nameIn, type Config, type Env } from '../config.ts'
+import { nameIn, unknownVariables, type Config, type Env } from '../config.ts'
 import { Environment, isLoopback, splitApiKey } from '../environment.ts'
 import { createApiKeys } from '../http/callers/api-keys.ts'
 import { baseUrl } from '../mixpanel/client.ts'
@@ -19,7 +19,8 @@ export function describeConfig (config: Config, env: Env): string {
     return `${name}=${value} # ${sourceOf(name, schema, env, value)}`
   })
   const sentence = `The configuration is valid: ${urlOf(config.HOST, config.PORT)} relays to ${baseUrl(config)}.`
-  return [...lines, sentence].join('\n')
+  const unknown = unknownVariables(env).map(name => `# ${name} is no variable of the relay, and has no effect.`)
+  return [...lines, ...unknown, sentence].join('\n')
 }
 
 function valueOf (name: keyof Config, schema: TSchema, config: Config): string {
