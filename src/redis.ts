@@ -106,7 +106,7 @@ export function withTimeout<Result> (redis: Redis, ms: number, command: Promise<
     const timer = setTimeout(() => { afterReading = setImmediate(expire) }, ms)
     const onClose = () => fail(CLOSED)
     stream?.on('close', onClose)
-    command.then(resolve, reject).then(end)
+    command.then(resolve, error => reject(AWAY.test(error.message) ? new Error('Redis is away') : error)).then(end)
 
     function end (): void {
       clearTimeout(timer)
@@ -126,6 +126,9 @@ export function withTimeout<Result> (redis: Redis, ms: number, command: Promise<
     }
   })
 }
+
+/** What ioredis says of a command that it cannot send. */
+const AWAY = /enableOfflineQueue|max retries per request/
 
 /** The second connection of each. */
 const seconds = new WeakMap<Redis, Redis>()

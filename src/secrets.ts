@@ -50,7 +50,7 @@ export function watchSecrets ({ files, texts, reread, log, onChange, metrics = N
     const before = seen.get(name)
     seen.set(name, content)
     if ('text' in content && content.text === used.get(path)) {
-      problems.delete(name)
+      if (problems.delete(name)) log.info({ variable: `${name}_FILE` }, 'secret file usable again')
     } else if (isDeepStrictEqual(content, before)) {
       const problem = 'cause' in content ? content.cause : use(name, path, content.text)
       if (problem === undefined || problem === problems.get(name)) return

@@ -54,7 +54,7 @@ async function openExample (t: Test, origin: string) {
 
 /** Resolves with the text of an output element once it has one. */
 async function shown (page: Page, id: string): Promise<string> {
-  const value = await page.waitForFunction(`document.getElementById('${id}').value`)
+  const value = await page.waitForFunction(`document.getElementById('${id}').value.replace(/^Sending.*/, '')`)
   return String(await value.jsonValue())
 }
 

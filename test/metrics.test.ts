@@ -126,7 +126,7 @@ t.test('an outage, and what waits because of it, is on /metrics and /status at o
   sandbox.faults.add({ name: 'edge_down', times: 1000 })
   const before = Date.now()
   for (let count = 0; count < 6; count++) t.equal((await relay.post()).status, 202)
-  await relay.until(/"code":"mixpanel_unreachable","count":1,"msg":"breaker opened"/)
+  await relay.until(/"code":"mixpanel_unreachable","cause":"status 503","count":1,"msg":"breaker opened"/)
   const { code, reasons, outbox } = await relay.status()
   t.equal(code, 503)
   t.same(reasons.map(reason => reason.code), ['mixpanel_unavailable'])
@@ -351,6 +351,8 @@ t.test('Redis away is on /status, /readyz?verbose, in the log and in the detail 
   const refused = await (await relay.post()).json() as { code: string, detail: string }
   t.match(refused, { code: 'overloaded', detail: /The outbox waits for its Redis since 20\d\d-[\d-]+T[\d:.]+Z\.$/ })
   t.match(await relay.status(), { code: 503, reasons: [{ code: 'outbox_unavailable', detail: /Redis/ }, { code: 'redis_away' }] })
+  await relay.until(/"cause":"Redis is away"/)
+  t.notMatch(relay.output(), /enableOfflineQueue|max retries/)
   const { parts } = await (await fetch(`${relay.url}/readyz?verbose`)).json() as { parts: { redis: { state: string, since: string } } }
   t.match(parts, { redis: { state: 'away', cause: String }, outbox: { waits_for: 'Redis' } })
   t.ok(Math.abs(Date.parse(parts.redis.since) - before) < 3000)
@@ -423,7 +425,7 @@ t.test('files of secrets have an age, and a broken one is on /status', async t =
   const path = join(directory, 'run', 'token')
   writeFileSync(path, TOKEN)
   const relay = await startServer(t, sandbox.url, {
-    MIXPANEL_TOKEN: '', MIXPANEL_TOKEN_FILE: path, METRICS_PORT: '0', METRICS_HOST: '127.0.0.1', REDIS_URL: 'redis://127.0.0.1:9', JWT_SECRET: 's'.repeat(32)
+    MIXPANEL_TOKEN: '', MIXPANEL_TOKEN_FILE: path, METRICS_PORT: '0', METRICS_HOST: '127.0.0.1', REDIS_URL: 'redis://127.0.0.1:9', JWT_SECRET: 's'.repeat(32), OUTBOX: `file:${directory}/outbox`
   }, { isCovered: true })
   const [, url] = await relay.until(/"url":"([^"]+)","msg":"metrics listening"/) as unknown as [string, string]
   t.match(await (await fetch(`${url}/status`)).json(), { secrets: [{ variable: 'MIXPANEL_TOKEN', age_seconds: Number, problem: null }], redis: 'away' })
@@ -432,6 +434,7 @@ t.test('files of secrets have an age, and a broken one is on /status', async t =
   t.match(await (await fetch(`${url}/status`)).json(), { status: 'degraded', reasons: [{ code: 'redis_away' }, { code: 'secret_file_unusable' }] })
   writeFileSync(path, `${TOKEN}2`)
   await relay.until(/secret reloaded/)
+  await relay.until(/"msg":"outbox bound to earlier token"/)
   await sleep(300)
   t.match(await (await fetch(`${url}/status`)).json(), { reasons: [{ code: 'redis_away' }] })
   const metrics = await readMetrics(url)

@@ -97,6 +97,7 @@ t.test('pause stops delivery, over restarts, and identities are queued until res
   }
   let server = await startServer(t, sandbox.url, env)
   t.match(await run('pause'), /^Delivery is paused/)
+  await server.until(/"level":40.*"action":"pause","msg":"outbox command"/)
   t.equal((await server.post()).status, 202)
   t.match((await server.parts()).outbox, { waiting: 1, paused: true })
   t.equal(await server.kill('SIGTERM'), 0)

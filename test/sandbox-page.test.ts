@@ -475,7 +475,7 @@ t.test('the buttons add faults and clear the sandbox', needsChromium, async t =>
   await track(sandbox, pair('paused', randomUUID()))
   await sleep(500)
   t.equal(await page.locator('#rows tr').count(), 0, 'a page that is paused does not change')
-  await page.click('text=Pause')
+  await page.click('text=Go on')
   await shows(page, '#rows', 'paused')
 })
 

@@ -39,6 +39,9 @@ export function openFilesLimit (read: () => string): number {
   }
 }
 
+/** The commands that change the outbox. */
+const CHANGES = ['replay', 'drop', 'pause', 'resume']
+
 let document: Promise<{ document: object, yaml: string }> | undefined
 /** Resolves with the OpenAPI document, as an object and as YAML. It is loaded on the first call and made once. */
 export const openapiDocument = (config: Config) =>
@@ -69,7 +72,12 @@ export async function serve (
   const directory = directoryOf(config)
   const closeAdminSocket = directory === undefined || outbox === undefined
     ? undefined
-    : await serveAdminSocket(directory, args => runAdminCommand(outbox, config, args, metrics))
+    : await serveAdminSocket(directory, args => {
+      const [action = ''] = args
+      // An erasure names a user.
+      if (CHANGES.includes(action)) logger.warn({ action }, 'outbox command')
+      return runAdminCommand(outbox, config, args, metrics)
+    })
       .catch(({ message: cause }) =>
         logger.warn({ cause, hint: 'stop the relay to run outbox commands' }, 'no socket in the outbox directory'))
   const client = createMixpanel(config, logger)
@@ -93,6 +101,11 @@ export async function serve (
     log: logger,
     metrics,
     onChange (changed) {
+      if (outbox !== undefined && config.MIXPANEL_PROJECT_ID === undefined &&
+          changed.MIXPANEL_TOKEN !== config.MIXPANEL_TOKEN) {
+        const hint = 'before the next start set MIXPANEL_PROJECT_ID, or empty the outbox'
+        logger.warn({ hint }, 'outbox bound to earlier token')
+      }
       client.useSecrets(changed)
       app.useSecrets(changed)
       if (redis !== undefined && !useRedisCredentials(redis, String(config.REDIS_URL), String(changed.REDIS_URL))) {

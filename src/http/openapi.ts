@@ -16,7 +16,8 @@ const about = {
     description: 'Validates pairs of ids, adds the project token, and sends Mixpanel the events that merge them: ' +
       '`$identify` in projects with Original ID Merge, an ordinary event in those with Simplified ID Merge.'
   },
-  servers: [{ url: 'http://127.0.0.1:8080', description: 'The default HOST and PORT.' }],
+  // The relay that serves the document, so that its page can try it.
+  servers: [{ url: '/', description: 'This relay.' }],
   security: [],
   components: {
     securitySchemes: {

@@ -79,11 +79,12 @@ export function createStatus (sources: StatusSources) {
     const outage = redis?.()
     const broken = secrets().filter(({ problem }) => problem !== undefined)
     const isOpen = mixpanel === 'unavailable'
+    const failure = [last?.code, last?.cause].filter(Boolean).join(', ')
     const rules: [isBroken: boolean, code: string, detail: string, since?: string | undefined][] = [
       [isShuttingDown(), 'shutting_down', 'The relay is shutting down.'],
-      [isOpen, 'mixpanel_unavailable', `Mixpanel keeps failing and gets only probes: ${last?.code}.`, openSince],
+      [isOpen, 'mixpanel_unavailable', `Mixpanel keeps failing and gets only probes: ${failure}.`, openSince],
       [!isOpen && failingSince !== undefined, 'mixpanel_failing',
-        `The last requests to Mixpanel failed: ${last?.code}.`, failingSince?.toISOString()],
+        `The last requests to Mixpanel failed: ${failure}.`, failingSince?.toISOString()],
       [stored?.unavailable_since !== undefined, 'outbox_unavailable',
         `The outbox waits for its ${stored?.waits_for}.`, stored?.unavailable_since],
       [stored?.rejecting_since !== undefined, 'outbox_rejecting',

@@ -44,7 +44,7 @@ export function createDelivery (config: Config, mixpanel: Mixpanel, log: Log, me
   let openSince: Date | undefined
   const breaker = createBreaker(to => {
     metrics.breaker(to)
-    warnOfBreaker[to]({ code: health.lastCode(), since: openSince?.toISOString() })
+    warnOfBreaker[to]({ ...health.last(), since: openSince?.toISOString() })
     openSince = to === 'open' ? new Date() : undefined
   })
   const sends = createSemaphore(MAX_SENDS)

@@ -7,7 +7,7 @@ const MIN_FAILURES = 2
 /** What the answers say of Mixpanel and of the relay's credentials, for callers that follow and for operators. */
 export function createUpstreamHealth (log: Log) {
   const warnOfCredentials = throttled(log, 'warn', 'credentials rejected by Mixpanel')
-  let last: { code: Answer['code'], at: Date } | undefined
+  let last: { code: Answer['code'], cause: string | undefined, at: Date } | undefined
   let failures = 0
   let failingSince: Date | undefined
   let heldUntil = 0
@@ -22,7 +22,7 @@ export function createUpstreamHealth (log: Log) {
     /** Takes the answer to each request. */
     record ({ code, cause, reason, holdMs, isForAll }: Answer): void {
       const at = new Date()
-      last = { code, at }
+      last = { code, cause, at }
       if (holdMs !== undefined) heldUntil = Math.max(heldUntil, performance.now() + holdMs)
       if (isForAll) reportMode()
       if (code === 'accepted' || code === 'refused_by_mixpanel') {
@@ -42,12 +42,15 @@ export function createUpstreamHealth (log: Log) {
     /** Returns when Mixpanel began to fail every request; undefined while it does not. */
     failingSince: () => failures >= MIN_FAILURES ? failingSince : undefined,
 
-    lastCode: () => last?.code,
+    /** Returns the code of the last answer, and its cause for the log. */
+    last: () => ({ code: last?.code, cause: last?.cause }),
 
     /** Returns the last answer, and the mode of the project where it differs from the configured one. */
     state: () => ({
       ...isOtherMode && { id_merge_of_project: 'simplified' },
-      last_verdict: last === undefined ? null : { code: last.code, at: last.at.toISOString() }
+      last_verdict: last === undefined
+        ? null
+        : { code: last.code, ...last.cause !== undefined && { cause: last.cause }, at: last.at.toISOString() }
     })
   }
 }

@@ -1,7 +1,7 @@
 import { setImmediate } from 'node:timers/promises'
 import type { Config } from '../config.ts'
 import type { Delivery } from '../mixpanel/delivery.ts'
-import type { Log } from '../log.ts'
+import { throttled, type Log } from '../log.ts'
 import { NO_METRICS, type Metrics } from '../metrics.ts'
 import { withoutIds } from '../identity/event.ts'
 import { isFailure, isLimit, isNotSent, type Verdict } from '../identity/verdict.ts'
@@ -43,9 +43,8 @@ export function createForwarder (
     while (!pauses.isStopped()) await attempt(round)
   }
 
-  const attempt = (work: () => Promise<void>) => pauses.attempt(work, error => {
-    log.error({ cause: error.message }, 'outbox delivery failed')
-  })
+  const logFailure = throttled(log, 'error', 'outbox delivery failed')
+  const attempt = (work: () => Promise<void>) => pauses.attempt(work, ({ message }) => logFailure({ cause: message }))
 
   async function round (): Promise<void> {
     const entries = await outbox.next(maxEntries, pass.after)

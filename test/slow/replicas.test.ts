@@ -141,6 +141,8 @@ t.test('HAProxy repeats the largest identity where a relay dies with it, and say
     const [answer] = await once(one, 'response') as [IncomingMessage]
     return { status: answer.statusCode, headers: answer.headers, body: await text(answer) }
   }
+  // The server is up for HAProxy after its first check.
+  while ((await fetch(`${url}/readyz`)).status !== 200) await sleep(50)
   for (const bytes of [100, 65_536]) {
     t.equal((await post(bytes)).status, 200)
     t.equal(dropped, 2, 'it was sent twice')

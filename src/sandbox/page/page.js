@@ -224,7 +224,7 @@ byId('clear-faults').addEventListener('click', () => send('DELETE', '__sandbox/f
 byId('clear').addEventListener('click', () => send('DELETE', '__sandbox'))
 byId('pause').addEventListener('click', () => {
   isPaused = !isPaused
-  byId('pause').setAttribute('aria-pressed', String(isPaused))
+  byId('pause').textContent = isPaused ? 'Go on' : 'Pause'
   schedule()
 })
 setInterval(announce, ANNOUNCE_MS)
