@@ -15,7 +15,7 @@ interface Identity { identified_id: string, anon_id: string }
 
 /** None of them can end in a refusal, after which an identity would not be repeated. */
 const FAULTS: readonly Fault[] = [
-  { name: 'edge_down' }, { name: 'rate_limited', retry_after: '1' }, { name: 'reset' }, { name: 'reset_after' },
+  { name: 'edge_down' }, { name: 'rate_limited' }, { name: 'reset' }, { name: 'reset_after' },
   { name: 'wait', ms: 30 }
 ]
 

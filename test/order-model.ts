@@ -11,7 +11,7 @@ import { createRandom, pick, type Random } from './verdict-model.ts'
 type TestRelay = Awaited<ReturnType<typeof startRelay>>
 
 const FAULTS: readonly Fault[] = [
-  { name: 'edge_down' }, { name: 'rate_limited', retry_after: '1' }, { name: 'refused', times: 2 }, { name: 'mute_zero' }, { name: 'reset' },
+  { name: 'edge_down' }, { name: 'rate_limited' }, { name: 'refused', times: 2 }, { name: 'mute_zero' }, { name: 'reset' },
   { name: 'reset_after' }, { name: 'wait', ms: 40 }, { name: 'temporary_failure' }
 ]
 
