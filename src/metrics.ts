@@ -4,6 +4,8 @@ import type { Gauge } from 'prom-client'
 export interface Metrics {
   /** Identities were answered. `code` is that of the verdict, or of the problem. */
   identities: (outcome: IdentityOutcome, code: string, count?: number) => void
+  /** Events of Mixpanel's SDKs were answered. `kind` is how they merge, if they do. */
+  events: (kind: EventKind, outcome: EventOutcome, reason: string, count?: number) => void
   /** A request was answered. `route` is its pattern; undefined when no route matches. */
   request: (method: string, route: string | undefined, status: number, ms: number) => void
   /** A caller exceeded its limit. */
@@ -17,6 +19,10 @@ export interface Metrics {
   mergeGuard: (rule: string, action: 'refused' | 'warned') => void
   secretReload: (variable: string, result: 'used' | 'refused') => void
 }
+
+/** `unread` events belong to a request that was refused as a whole, `invalid` ones are no events. */
+export type EventKind = 'identify' | 'alias' | 'association' | 'ordinary' | 'invalid' | 'unread'
+export type EventOutcome = 'accepted' | 'queued' | 'refused' | 'failed'
 
 export type IdentityOutcome = 'accepted' | 'queued' | 'failed' | 'dry_run'
 
@@ -32,6 +38,7 @@ const noop = () => {}
 /** Counts nothing. */
 export const NO_METRICS: Metrics = {
   identities: noop,
+  events: noop,
   request: noop,
   rateLimited: noop,
   mixpanelRequest: noop,
@@ -95,6 +102,7 @@ export async function openMetrics (version: string) {
   collectDefaultMetrics({ register: registry })
   gauge('build_info', 'The version.', ['version']).set({ version }, 1)
   const identities = counter('identities_total', 'Identities by outcome.', ['outcome', 'code'])
+  const events = counter('events_total', "Events of Mixpanel's SDKs.", ['kind', 'outcome', 'reason'])
   const requests = counter('http_requests_total', 'Requests of callers, health aside.', ['method', 'route', 'status'])
   const durations = histogram('http_request_duration_seconds', 'Time to the answer of a caller.', SECONDS, ['route'])
   const limited = counter('rate_limited_total', 'Requests beyond the limit of their caller.', ['caller'])
@@ -133,6 +141,7 @@ export async function openMetrics (version: string) {
 
   const metrics: Metrics = {
     identities: (outcome, code, count) => identities.inc({ outcome, code }, count),
+    events: (kind, outcome, reason, count) => events.inc({ kind, outcome, reason }, count),
     request (method, route = 'none', status, ms) {
       requests.inc({ method, route, status })
       durations.observe({ route }, ms / 1000)

@@ -8,7 +8,7 @@ import { isFailure, isLimit, isNotSent, type Verdict } from '../identity/verdict
 import type { Entry, Outbox } from '../outbox/outbox.ts'
 import { backoffMs, createPauses } from './pauses.ts'
 import {
-  createPass, finalReason, isTooLong, isTooOld, maxRound, planRound, TOO_OLD, type FinalReason
+  createPass, finalReason, isTooLong, isTooOld, maxRound, orderKey, planRound, TOO_OLD, type FinalReason
 } from './plan.ts'
 import { createSuspects } from './suspects.ts'
 
@@ -113,7 +113,7 @@ export function createForwarder (
     await outbox.deadLetter(letters)
     for (const { label } of letters) metrics.outbox('dead_lettered', label)
     const logged = letters.slice(0, MAX_LOGGED)
-    const insertIds = logged.map(({ entry }) => entry.event.insertId)
+    const insertIds = logged.map(({ entry }) => entry.event.insertId).filter(id => id !== '')
     const reasons = new Set(logged.map(({ entry, reason }) => withoutIds(reason, entry.event)))
     log.warn({ identities: letters.length, insert_ids: insertIds, reasons: [...reasons] }, 'identities dead-lettered')
   }
@@ -123,15 +123,16 @@ export function createForwarder (
     const isSettled = ({ entry, verdict }: Outcome) =>
       verdict.code === 'accepted' || finalReason(entry, verdict) !== undefined
     const settled = arrays.flat().filter(isSettled)
-    for (const { entry: { event: { anonKey } }, verdict } of settled) {
+    for (const { entry, verdict } of settled) {
+      const anonKey = orderKey(entry)
       suspects.settled(anonKey)
       if (verdict.code === 'accepted' && pass.deferred.delete(anonKey)) pass.decided.add(anonKey)
     }
     const remaining = arrays.map(array => array.filter(outcome => !isSettled(outcome)))
-    for (const { entry } of remaining.flat()) pass.deferred.add(entry.event.anonKey)
+    for (const { entry } of remaining.flat()) pass.deferred.add(orderKey(entry))
     // The failure of a culprit delays that entry alone.
     const failed = remaining.flat().filter(({ entry, verdict }) =>
-      !isFailure(verdict) || !suspects.isCulprit(entry.event.anonKey)).map(({ verdict }) => verdict)
+      !isFailure(verdict) || !suspects.isCulprit(orderKey(entry))).map(({ verdict }) => verdict)
     pass.madeProgress ||= settled.length > 0
     const isResumed = settled.length > 0 && !failed.some(isLimit)
     if (isResumed && state.failures > 0) {
@@ -140,7 +141,7 @@ export function createForwarder (
     }
     if (settled.length > 0) suspects.accepted()
     for (const array of remaining) {
-      const keys = array.filter(({ verdict }) => isFailure(verdict)).map(({ entry }) => entry.event.anonKey)
+      const keys = array.filter(({ verdict }) => isFailure(verdict)).map(({ entry }) => orderKey(entry))
       if (keys.length > 0) suspects.failed(keys)
     }
     if (isResumed) state.failures = 0

@@ -44,6 +44,9 @@ export interface Pass {
   hasPaused: boolean
 }
 
+/** Returns the anonKey of an entry, or a key of its own for an event without one, which has no order. */
+export const orderKey = ({ id, event: { anonKey } }: Entry): string => anonKey ?? `\n${id}`
+
 export const createPass = (decided = new Set<string>()): Pass =>
   ({ after: undefined, deferred: new Set(), decided, madeProgress: false, hasPaused: false })
 
@@ -67,7 +70,8 @@ export function planRound (
   let bytes = MAX_REQUEST_BYTES
   let last: string | undefined
   for (const entry of entries) {
-    const { anonKey, insertId: pair } = entry.event
+    const anonKey = orderKey(entry)
+    const { userId: pair } = entry.event
     const isCulprit = suspects.isCulprit(anonKey)
     const mustWait = suspects.isPaused(anonKey) || (isCulprit && culprits.length === MAX_CULPRITS)
     const isSecond = !decided.has(anonKey) && (pairs.get(anonKey) ?? pair) !== pair
