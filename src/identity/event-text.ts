@@ -55,18 +55,15 @@ export function scanEvent (text: string): EventText {
       return start + (SCALAR.exec(text) as RegExpExecArray)[0].length
     }
     let depth = 0
-    for (let at = start; ; at++) {
+    let at = start
+    do {
       const sign = text.charCodeAt(at)
-      if (sign === QUOTE) {
-        at = endOfString(text, at) - 1
-      } else if (sign === OPEN || sign === OPEN_LIST) {
-        depth++
-        found.isTooDeep ||= depth > MAX_DEPTH
-      } else if (sign === CLOSE || sign === CLOSE_LIST) {
-        depth--
-        if (depth === 0) return at + 1
-      }
-    }
+      if (sign === OPEN || sign === OPEN_LIST) depth++
+      if (sign === CLOSE || sign === CLOSE_LIST) depth--
+      found.isTooDeep ||= depth > MAX_DEPTH
+      at = sign === QUOTE ? endOfString(text, at) : at + 1
+    } while (depth > 0)
+    return at
   }
 
   members(skipSpace(text, 0), (name, start) => {
@@ -93,10 +90,14 @@ function skipSpace (text: string, at: number): number {
 
 /** Returns the offset behind a string that begins at an offset. */
 function endOfString (text: string, start: number): number {
-  for (let at = start + 1; ; at++) {
-    at = text.indexOf('"', at)
-    let slashes = 0
-    while (text[at - 1 - slashes] === '\\') slashes++
-    if (slashes % 2 === 0) return at + 1
-  }
+  let at = text.indexOf('"', start + 1)
+  while (isEscaped(text, at)) at = text.indexOf('"', at + 1)
+  return at + 1
+}
+
+/** Returns true if an odd number of backslashes stands before an offset. */
+function isEscaped (text: string, at: number): boolean {
+  let slashes = 0
+  while (text[at - 1 - slashes] === '\\') slashes++
+  return slashes % 2 === 1
 }

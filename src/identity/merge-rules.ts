@@ -26,9 +26,6 @@ const LIKE_A_DEVICE = /^\$device:|^[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$/
 export function refuseMerge (
   { kind, identity, names, conflict }: Merge, check: (identity: object) => FieldError[], merger: Merger
 ): Refusal | undefined {
-  if (conflict !== undefined) {
-    return { code: 'invalid_identity', reason: `properties.${conflict[1]} must be equal to properties.${conflict[0]}` }
-  }
   const { identified_id: user, anon_id: other } = identity
   const isTwoUsers = kind === 'alias' && typeof other === 'string' && !LIKE_A_DEVICE.test(other) &&
     check({ identified_id: ANY_USER, anon_id: other }).length > 0
@@ -36,6 +33,9 @@ export function refuseMerge (
   if (error !== undefined) {
     const name = names[error.pointer.slice(1) as keyof Merge['names']]
     return { code: 'invalid_identity', reason: `properties.${name} ${error.detail}` }
+  }
+  if (conflict !== undefined) {
+    return { code: 'invalid_identity', reason: `properties.${conflict[1]} must be equal to properties.${conflict[0]}` }
   }
   if (merger.userId !== undefined && user !== merger.userId) {
     return { code: 'forbidden', reason: `properties.${names.identified_id} is not the user of the token` }
