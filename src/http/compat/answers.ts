@@ -73,20 +73,25 @@ export const answerProblem: AnswerProblem = (reply, code, { detail, errors = [],
   if (!isUnread || Number(headers['content-length'] ?? 0) > MAX_DISCARDED_BYTES) return send()
   let tail = ''
   let length = 0
-  raw.on('data', (chunk: Buffer) => {
+  raw.on('data', take).on('end', finish).on('error', finish)
+  return reply
+
+  function take (chunk: Buffer): void {
     length += chunk.length
     tail = (tail + chunk.toString('latin1', Math.max(0, chunk.length - TAIL_BYTES))).slice(-TAIL_BYTES)
     if (length > MAX_DISCARDED_BYTES) finish()
-  })
-  raw.on('end', finish).on('error', finish)
-  return reply
+  }
 
   function finish (): void {
-    if (reply.sent) return
+    raw.off('data', take).off('end', finish).off('error', finish)
+    // Without a listener Node would buffer the rest of a body that is not read.
+    raw.on('data', noop).on('error', noop)
     reply.request.parameters = withQuery(reply, readForm(Buffer.from(tail.replace(/^[^&]*&?/, ''), 'latin1')))
     send()
   }
 }
+
+const noop = () => {}
 
 /** Returns the parameters of a body with those of the query, which win. */
 export const withQuery = (reply: FastifyReply, body: Parameters): Parameters =>

@@ -22,10 +22,9 @@ export async function readRequest (
   return data
 }
 
-/** Returns true if a browser says that a page of another site has made the request. */
-export function isFromOtherSite ({ headers }: FastifyRequest): boolean {
-  const site = headers['sec-fetch-site']
-  return site === 'cross-site' || site === 'same-site'
+/** Returns true for a request of a page of another site, as its browser says, that does not name the origin. */
+export function isFromOtherSite ({ headers: { origin, 'sec-fetch-site': site } }: FastifyRequest): boolean {
+  return origin === undefined && (site === 'cross-site' || site === 'same-site')
 }
 
 /** Returns true for a request that a page can have made without naming its origin, or that is a click on a link. */

@@ -43,10 +43,9 @@ export const compat: FastifyPluginAsync<CompatOptions> = async (app, options) =>
   })
 
   app.addHook('onRequest', (request, reply, done) => {
-    const { headers, method } = request
     // A page sends no Origin with an image, a script or a link. A pixel is for mails: track refuses it if it merges.
-    const mayBePixel = method === 'GET' && /[?&]img=1(?:&|$)/.test(request.raw.url as string)
-    return headers.origin === undefined && isFromOtherSite(request) && !mayBePixel
+    const mayBePixel = request.method === 'GET' && /[?&]img=1(?:&|$)/.test(request.raw.url as string)
+    return isFromOtherSite(request) && !mayBePixel
       ? reply.problem('forbidden', { detail: OTHER_SITE })
       : done()
   })
