@@ -682,3 +682,20 @@ t.test('with an outbox an outage is 200 and 1, and every event arrives as it cam
     t.equal(claims[0], 'user-1', 'the first claim is first')
   }
 })
+
+t.test('a queued $identify without effect becomes a dead letter before /import refuses all others for it', async t => {
+  const OUTBOX = `file:${t.testdir({})}`
+  const simplified = { MIXPANEL_ID_MERGE: 'simplified', OUTBOX, DEADLINE_MS: '1000' }
+  const first = await start(t, simplified, { sandbox: { mode: 'simplified' } })
+  await first.outbox.pause(true)
+  const old = event({ time: NOW - 10 * 86_400, $insert_id: 'old' })
+  t.match((await track(first, [identify('user-1', 'previous'), event({ $insert_id: 'a' }), event({ $insert_id: 'b' }), old])).json(), { status: 1, error: null })
+  await first.outbox.pause(false)
+  await first.app.close()
+  await first.outbox.close()
+  const next = await start(t, { ...simplified, MIXPANEL_ENDPOINT: 'import' }, { sandbox: { mode: 'simplified' } })
+  await emptied(next)
+  while (next.outbox.counts().dead === 0) await sleep(10)
+  t.match(await next.outbox.dead(10), [{ reason: 'no effect with Simplified ID Merge' }])
+  t.same(next.sandbox.ledger.rows().map(({ properties }) => properties.$insert_id).sort(), ['a', 'b', 'old'], 'events of any age')
+})

@@ -8,7 +8,8 @@ import { isFailure, isLimit, isNotSent, type Verdict } from '../identity/verdict
 import type { Entry, Outbox } from '../outbox/outbox.ts'
 import { backoffMs, createPauses } from './pauses.ts'
 import {
-  createPass, finalReason, isTooLong, isTooOld, maxRound, orderKey, planRound, TOO_OLD, type FinalReason
+  createPass, finalReason, hasNoEffect, isTooLong, isTooOld, maxRound, NO_EFFECT, orderKey, planRound, TOO_OLD,
+  type FinalReason
 } from './plan.ts'
 import { createSuspects } from './suspects.ts'
 
@@ -53,7 +54,9 @@ export function createForwarder (
     if (entries.length === 0 || isTooLong(pass)) return nextPass()
     const expired = entries.filter(entry => isTooOld(entry, config))
     await deadLetter(expired.map(entry => ({ entry, ...TOO_OLD })))
-    const fresh = entries.filter(entry => !expired.includes(entry))
+    const inert = entries.filter(entry => !expired.includes(entry) && hasNoEffect(entry, config))
+    await deadLetter(inert.map(entry => ({ entry, ...NO_EFFECT })))
+    const fresh = entries.filter(entry => !expired.includes(entry) && !inert.includes(entry))
     const { arrays, last = entries.at(-1)?.id } = planRound(fresh, pass, suspects, config)
     // Many rounds of deferred entries must not block the event loop.
     if (arrays.length === 0) await setImmediate()

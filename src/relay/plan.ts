@@ -1,5 +1,7 @@
 import type { Config } from '../config.ts'
 import { MAX_REQUEST_BYTES, wireBytes } from '../mixpanel/encode.ts'
+import { parseEvent } from '../identity/event.ts'
+import { isVerb } from '../identity/merge.ts'
 import { isTooLarge, type Verdict } from '../identity/verdict.ts'
 import type { Entry } from '../outbox/outbox.ts'
 import type { Suspects } from './suspects.ts'
@@ -29,6 +31,12 @@ export function maxRound ({ MAX_BATCH: maxBatch }: Config): number {
 export function isTooOld ({ event, endpoint }: Pick<Entry, 'event' | 'endpoint'>, config: Config): boolean {
   return (endpoint ?? config.MIXPANEL_ENDPOINT) === 'track' &&
     Date.now() - event.time * 1000 > TRACK_MAX_AGE_MS
+}
+
+/** Returns true for an event for which `/import` would refuse its whole array: it has no effect in this mode. */
+export function hasNoEffect ({ event, endpoint }: Entry, { MIXPANEL_ENDPOINT, MIXPANEL_ID_MERGE }: Config): boolean {
+  return (endpoint ?? MIXPANEL_ENDPOINT) === 'import' && MIXPANEL_ID_MERGE === 'simplified' &&
+    isVerb(parseEvent(event))
 }
 
 /** The state of one pass through the outbox, from the oldest entry to the newest. */
@@ -105,6 +113,7 @@ export function planRound (
 export interface FinalReason { reason: string, label: string }
 
 export const TOO_OLD: FinalReason = { reason: 'older than 4.5 days', label: 'too_old' }
+export const NO_EFFECT: FinalReason = { reason: 'no effect with Simplified ID Merge', label: 'no_effect' }
 
 /** Returns why an entry with this verdict can never be delivered; undefined if it is delivered or still may be. */
 export function finalReason ({ endpoint }: Entry, verdict: Verdict): FinalReason | undefined {
