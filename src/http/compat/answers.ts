@@ -84,14 +84,12 @@ export const answerProblem: AnswerProblem = (reply, code, { detail, errors = [],
 
   function finish (): void {
     raw.off('data', take).off('end', finish).off('error', finish)
-    // Without a listener Node would buffer the rest of a body that is not read.
-    raw.on('data', noop).on('error', noop)
+    // Otherwise Node would buffer the rest of a body that is not read.
+    raw.resume()
     reply.request.parameters = withQuery(reply, readForm(Buffer.from(tail.replace(/^[^&]*&?/, ''), 'latin1')))
     send()
   }
 }
-
-const noop = () => {}
 
 /** Returns the parameters of a body with those of the query, which win. */
 export const withQuery = (reply: FastifyReply, body: Parameters): Parameters =>
