@@ -4,6 +4,7 @@ import { setTimeout as sleep } from 'node:timers/promises'
 import { deflateSync, gzipSync } from 'node:zlib'
 import { SignJWT } from 'jose'
 import { t, type Test } from 'tap'
+import { runAdminCommand } from '#src/commands/admin.js'
 import { openMetrics } from '#src/metrics.js'
 import type { Received } from '#src/sandbox/app.js'
 import { emptied, leaks, listen, needsRedis, startRedis, startRelay, TOKEN, type Env, type Relay } from './helper.ts'
@@ -492,6 +493,7 @@ t.test('what never reaches a handler is answered as the SDKs read it', async t =
     ['a length that is none', 'POST /track HTTP/1.1\r\nhost: x\r\ncontent-length: x\r\n\r\n', /^HTTP\/1.1 400 [^]*\r\n\r\n0$/],
     ['a slow body', `POST /track?verbose=1 HTTP/1.1\r\nhost: x\r\norigin: ${PAGE}\r\ncontent-length: 100\r\n\r\ndata=`, /^HTTP\/1.1 408 [^]*allow-origin: https:[^]*"status":0\}$/],
     ['a slow body of a foreign page', 'POST /track HTTP/1.1\r\nhost: x\r\norigin: https://evil.test\r\ncontent-length: 100\r\n\r\ndata=', /^HTTP\/1.1 40[38] [^]*\r\n\r\n0$/],
+    ['a slow head', 'POST /track HTTP/1.1\r\nhost: x\r\n', /^HTTP\/1.1 408 [^]*problem\+json/],
     ['a slow body elsewhere', 'POST /identify HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{', /^HTTP\/1.1 408 [^]*problem\+json/]
   ]
   await Promise.all(cases.map(async ([name, bytes, answer]) => t.match(await exchange(relay.port, bytes, { ms: 15_000 }), answer, name)))
@@ -668,6 +670,10 @@ t.test('with an outbox an outage is 200 and 1, and every event arrives as it cam
     const merging = listed.filter(({ event: one }) => one?.anonKey !== undefined)
     t.same(merging.map(({ event: one }) => [one?.userId, one?.anonKey]), [['user-1', UUID], ['user-1', UUID], ['user-2', UUID]], 'what is read again merges as before')
     t.same(listed.filter(one => !merging.includes(one)).map(({ event: one }) => one?.userId).sort(), ['', '', 'user-42', 'user-42', 'user-42'])
+    const output: string[] = []
+    for await (const line of runAdminCommand(relay.outbox, relay.config, ['list'])) output.push(line)
+    const ids = output.map(line => JSON.parse(line)).map(({ identified_id: user, anon_id: anon }) => `${user} ${anon}`).sort()
+    t.same(ids, [' undefined', ' undefined', `user-1 ${DEVICE}`, `user-1 ${UUID}`, `user-2 ${DEVICE}`, ...Array.from({ length: 3 }, () => 'user-42 undefined')], 'an operator sees the ids')
     const before = relay.sandbox.requests.length
     relay.sandbox.faults.clear()
     await emptied(relay)
@@ -699,4 +705,19 @@ t.test('a queued $identify without effect becomes a dead letter before /import r
   await emptied(next)
   t.match(await next.outbox.dead(10), [{ reason: 'no effect with Simplified ID Merge' }])
   t.same(next.sandbox.ledger.rows().map(({ properties }) => properties.$insert_id).sort(), ['a', 'b', 'old'], 'events of any age')
+})
+
+t.test("an operator can erase a user's events, and the log has no id of an event that Mixpanel refuses", async t => {
+  const relay = await start(t, { OUTBOX: `file:${t.testdir({})}` })
+  await relay.outbox.pause(true)
+  await track(relay, [event({ distinct_id: 'erased' }), event({ $user_id: 'erased', distinct_id: 'x' }), event({ distinct_id: 'kept-user', $device_id: 'kept-device', $insert_id: 'kept' })])
+  const output: string[] = []
+  for await (const line of runAdminCommand(relay.outbox, relay.config, ['drop', '--user', 'erased'])) output.push(line)
+  t.same(output, ['2 queued and 0 dead letters dropped.\n'])
+  relay.sandbox.faults.add({ name: 'echo', times: 9 })
+  await relay.outbox.pause(false)
+  await emptied(relay)
+  const line = relay.logged().find(({ msg }) => msg === 'identities dead-lettered')
+  t.match(line, { identities: 1, insert_ids: ['kept'] })
+  t.notMatch(JSON.stringify(line), /kept-user|kept-device/)
 })
