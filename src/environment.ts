@@ -96,6 +96,7 @@ export const Environment = Type.Object({
     pattern: '^(?!\\$|mp_)[^\\u0000-\\u001f\\u007f-\\u009f]{1,255}$',
     rule: 'must be a name of 1 to 255 characters that does not begin with $ or mp_, which Mixpanel reserves'
   }),
+  COMPAT: oneOf(['off', 'identify', 'events'], 'off'),
   ANON_ID_FORMAT: oneOf(['uuid-v4', 'sdk'], 'uuid-v4'),
   MIXPANEL_TIMEOUT_MS: integer(1, 600_000, 5000),
   DEADLINE_MS: integer(1, 600_000, 10_000),

@@ -6,6 +6,8 @@ import { createDurations, createTally } from './tally.ts'
 export interface Metrics {
   /** Identities were answered. `code` is that of the verdict, or of the problem. */
   identities: (outcome: IdentityOutcome, code: string, count?: number) => void
+  /** Events of Mixpanel's SDKs were answered. `kind` is how they merge, if they do. */
+  events: (kind: EventKind, outcome: EventOutcome, reason: string, count?: number) => void
   /** A request was answered. `route` is its pattern; undefined when no route matches. */
   request: (method: string, route: string | undefined, status: number, ms: number) => void
   /** A caller exceeded its limit. */
@@ -19,6 +21,10 @@ export interface Metrics {
   mergeGuard: (rule: string, action: 'refused' | 'warned') => void
   secretReload: (variable: string, result: 'used' | 'refused') => void
 }
+
+/** `unread` events belong to a request that was refused as a whole, `invalid` ones are no events. */
+export type EventKind = 'identify' | 'alias' | 'association' | 'ordinary' | 'invalid' | 'unread'
+export type EventOutcome = 'accepted' | 'queued' | 'refused' | 'failed'
 
 export type IdentityOutcome = 'accepted' | 'queued' | 'failed' | 'dry_run'
 
@@ -34,6 +40,7 @@ const noop = () => {}
 /** Counts nothing. */
 export const NO_METRICS: Metrics = {
   identities: noop,
+  events: noop,
   request: noop,
   rateLimited: noop,
   mixpanelRequest: noop,
@@ -98,6 +105,7 @@ export async function openMetrics (version: string) {
   addProcessMetrics(promClient, registry)
   gauge('build_info', 'The version.', ['version']).set({ version }, 1)
   const identities = createTally(nameOf('identities_total'), 'Identities by outcome.', ['outcome', 'code'])
+  const events = counter('events_total', "Events of Mixpanel's SDKs.", ['kind', 'outcome', 'reason'])
   const requests = createTally(
     nameOf('http_requests_total'), 'Requests of callers, health aside.', ['method', 'route', 'status'])
   const durations = createDurations(
@@ -139,6 +147,7 @@ export async function openMetrics (version: string) {
 
   const metrics: Metrics = {
     identities: (outcome, code, count = 1) => identities.add(count, outcome, code),
+    events: (kind, outcome, reason, count) => events.inc({ kind, outcome, reason }, count),
     request (method, route = 'none', status, ms) {
       requests.add(1, method, route, status)
       durations.add(route, ms / 1000)

@@ -86,7 +86,7 @@ export async function testPromises (t: Test, open: (maxEntries?: number) => Prom
     t.equal(await outbox.drop([letters[0]!]), 0)
     t.equal(await outbox.replay([{ id: letters[4]!.id, endpoint: 'import' }, { id: letters[3]!.id }, { id: letters[2]!.id }]), 2)
     t.match(outbox.counts(), { waiting: 2, dead: 1 })
-    t.equal(await outbox.has(four[3]!.event.anonKey), 'yes')
+    t.equal(await outbox.has(four[3]!.event.anonKey!), 'yes')
     const again = await outbox.next(10)
     t.match(again, [{ event: four[3]?.event, endpoint: 'import' }, { event: four[2]?.event }])
     t.notOk('endpoint' in again[1]!)

@@ -30,7 +30,7 @@ function openHere (t: Test, directory: string) {
   const database = openDatabase(directory, PROJECT, limits)
   t.teardown(() => database.close())
   const put = (...events: PendingEvent[]) =>
-    database.put(events.map(({ anonKey, json, bytes }) => [anonKey, json, bytes, Infinity]))
+    database.put(events.map(({ anonKey = '', json, bytes }) => [anonKey, json, bytes, Infinity]))
   const next = (count: number) => database.next(count).map(({ id }) => ({ id: String(id) }))
   return { ...database, put, next }
 }

@@ -12,6 +12,7 @@ const script = 'text/javascript; charset=utf-8'
 
 const files = {
   '/': [new URL('index.html', import.meta.url), html],
+  '/sdk.html': [new URL('sdk.html', import.meta.url), html],
   '/identify.js': [new URL('identify.js', import.meta.url), script],
   // The SDK is a copy of your own; none is loaded from a CDN.
   '/mixpanel.module.js': [new URL(import.meta.resolve('mixpanel-browser/dist/mixpanel.module.js')), script]

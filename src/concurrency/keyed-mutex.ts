@@ -1,15 +1,26 @@
 import { createInFlight } from './in-flight.ts'
 
-/** A mutex for each key: tasks with one key run one at a time, in the order of the calls. */
+/** The tasks of a key: those that run, and those that wait. */
+interface Line {
+  owner: string | undefined
+  running: number
+  queue: { owner: string | undefined, start: () => void }[]
+}
+
+/**
+ * A mutex for each key: tasks with one key run one at a time, in the order of the calls. Those that follow each other
+ * and have one `owner` run together.
+ */
 export function createKeyedMutex () {
-  /** Callbacks that start the queued tasks of a key, whose first task runs. Most keys have none. */
-  const queues = new Map<string, (() => void)[] | undefined>()
+  const lines = new Map<string, Line>()
   const inFlight = createInFlight()
 
-  async function run<Result> (key: string, task: () => Promise<Result>): Promise<Result> {
+  async function run<Result> (key: string, task: () => Promise<Result>, owner?: string): Promise<Result> {
     inFlight.begin()
-    if (queues.has(key)) await turn(key)
-    else queues.set(key, undefined)
+    const line = lines.get(key)
+    if (line === undefined) lines.set(key, { owner, running: 1, queue: [] })
+    else if (isShared(line, owner) && line.queue.length === 0) line.running++
+    else await new Promise<void>(resolve => line.queue.push({ owner, start: resolve }))
     try {
       return await task()
     } finally {
@@ -18,23 +29,28 @@ export function createKeyedMutex () {
     }
   }
 
-  function turn (key: string): Promise<void> {
-    const queue = queues.get(key) ?? []
-    queues.set(key, queue)
-    return new Promise(resolve => queue.push(resolve))
-  }
+  const isShared = (line: Line, owner: string | undefined) => owner !== undefined && line.owner === owner
 
   function release (key: string): void {
-    const next = queues.get(key)?.shift()
-    if (next === undefined) queues.delete(key)
-    else next()
+    const line = lines.get(key) as Line
+    if (--line.running > 0) return
+    const [next] = line.queue
+    if (next === undefined) {
+      lines.delete(key)
+      return
+    }
+    line.owner = next.owner
+    do {
+      line.running++
+      line.queue.shift()?.start()
+    } while (line.queue[0] !== undefined && isShared(line, line.queue[0].owner))
   }
 
   return {
     /** Resolves with the result of `task`, which starts after the earlier tasks with the same key. */
     run,
     /** Returns how many tasks of a key wait for the one that runs. */
-    queued: (key: string) => queues.get(key)?.length ?? 0,
+    queued: (key: string) => lines.get(key)?.queue.length ?? 0,
     inFlight: inFlight.count,
     /** Resolves when every task has its result. */
     idle: inFlight.idle

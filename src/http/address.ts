@@ -27,3 +27,9 @@ export function createNetworks (networks: string[]): (address: string) => boolea
   }
   return address => isIP(address) !== 0 && list.check(address, isIPv6(address) ? 'ipv6' : 'ipv4')
 }
+
+/** Returns an address as Mixpanel reads it, IPv4 where it is mapped into IPv6; undefined for a text that is none. */
+export function plainAddress (ip: string): string | undefined {
+  const bare = ip.replace(/^::ffff:(?=[\d.]+$)/i, '').replace(/%.*$/s, '')
+  return isIP(bare) === 0 ? undefined : bare
+}

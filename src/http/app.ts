@@ -28,6 +28,11 @@ import { identify } from './routes/identify.ts'
 /** Time in one turn of the event loop for all large bodies together. */
 const SLICE_MS = 5
 
+/** The paths of Mixpanel's SDKs. */
+const SDK_PATH = /^\/(?:track|engage|groups|import|flags|settings|record)(?:\/|$)/
+const NO_COMPAT = 'This relay does not take the place of api.mixpanel.com. Identities go to POST /identify; ' +
+  'with COMPAT=events it serves the SDKs of Mixpanel.'
+
 declare module 'fastify' {
   interface FastifyInstance {
     /** Takes the secrets of a changed configuration, from the next request on. */
@@ -72,6 +77,7 @@ export async function buildApp (config: Config, dependencies: Dependencies) {
     charge: (address, count) => app.charge(address, count),
     onError: ({ message }) => logAcceptError({ cause: message })
   })
+  const compat = config.COMPAT === 'off' ? undefined : await import('./compat/routes.ts')
   const app: FastifyInstance = Fastify({
     serverFactory: connections.serverFactory,
     genReqId: requestId,
@@ -80,7 +86,7 @@ export async function buildApp (config: Config, dependencies: Dependencies) {
     trustProxy: config.TRUST_PROXY.length > 0 ? config.TRUST_PROXY : false,
     // plugins/shutdown responds instead, with a problem.
     return503OnClosing: false,
-    clientErrorHandler: handleClientError(logger, connections, metrics),
+    clientErrorHandler: handleClientError(logger, connections, metrics, compat?.createAnswerHead(config.CORS_ORIGINS)),
     frameworkErrors: handleFrameworkError(logger, metrics),
     ajv: {
       // Nothing is coerced or dropped. With `verbose` an error carries the description of its rule.
@@ -108,7 +114,7 @@ export async function buildApp (config: Config, dependencies: Dependencies) {
     const allowed = methods.get(path.replace(/(?<=.)\/$/, ''))
     if (allowed !== undefined) return reply.header('allow', allowed.join(', ')).problem('method_not_allowed')
     reply.logLine.details = { ...reply.logLine.details, path: callerText.forLog(path) }
-    return reply.problem('not_found')
+    return reply.problem('not_found', { detail: SDK_PATH.test(path) ? NO_COMPAT : undefined })
   })
   // Nearly every response is a constant or a problem, so compiled serializers would only lengthen the start.
   app.setSerializerCompiler(() => data => JSON.stringify(data))
@@ -130,8 +136,10 @@ export async function buildApp (config: Config, dependencies: Dependencies) {
   if (config.DOCS ?? isLoopback(config.HOST)) await app.register(docs, { document })
   const nextSlice = createSlices(SLICE_MS)
   const rules = createIdentityRules(config)
-  await app.register(identify, { relay, config, rules, bodies, nextSlice })
-  await app.register(batch, { relay, config, rules, bodies, nextSlice })
+  const routes = { relay, config, rules, bodies, nextSlice }
+  await app.register(identify, routes)
+  await app.register(batch, routes)
+  if (compat !== undefined) await app.register(compat.compat, { ...routes, metrics, logger })
   return app
 }
 

@@ -18,6 +18,9 @@ const KEEP_ALIVE_MS = 620_000
 const MAX_UNREAD_SWEEPS = 10
 const SWEEP_MS = 1000
 
+/** The longest head of a request where Mixpanel's SDKs are served. */
+const SDK_HEAD_BYTES = 32_768
+
 /** To keep the connection open, an unread body of up to this length is read and discarded. */
 const MAX_DISCARDED_BYTES = 65_536
 
@@ -44,7 +47,7 @@ interface Connection {
 }
 
 interface Options {
-  config: Pick<Config, 'MAX_CONNECTIONS' | 'TRUST_PROXY'>
+  config: Pick<Config, 'MAX_CONNECTIONS' | 'TRUST_PROXY'> & Partial<Pick<Config, 'COMPAT'>>
   /** Adds refused requests, which were never read, to the rate limit of their address. */
   charge: (address: string, count: number) => void
   /** Called with an error that keeps the server from accepting connections, such as EMFILE. */
@@ -58,7 +61,7 @@ export type Connections = ReturnType<typeof createConnections>
  * the unanswered requests of each; the time that a response waits to be read. Node bounds none of these.
  */
 export function createConnections ({ config, charge, onError }: Options) {
-  const { MAX_CONNECTIONS: max, TRUST_PROXY: proxies } = config
+  const { MAX_CONNECTIONS: max, TRUST_PROXY: proxies, COMPAT: compat = 'off' } = config
   const connections = new Map<Socket, Connection>()
   const mayHoldAll = createNetworks(['127.0.0.0/8', '::1', ...proxies])
   const peers = new Map<string, Peer>()
@@ -170,7 +173,9 @@ export function createConnections ({ config, charge, onError }: Options) {
         connectionsCheckingInterval: 500,
         keepAliveTimeout: KEEP_ALIVE_MS,
         // plugins/framing refuses a missing Host with a problem; Node's own response has none.
-        requireHostHeader: false
+        requireHostHeader: false,
+        // The SDK for Node sends an event of 12 KB as a GET of 16 KB, Node's own limit.
+        ...compat !== 'off' && { maxHeaderSize: SDK_HEAD_BYTES }
       })
       const onRequest = (request: IncomingMessage, response: ServerResponse) => {
         const pipeline = connections.get(request.socket)?.pipeline
@@ -189,16 +194,20 @@ export function createConnections ({ config, charge, onError }: Options) {
       return server
     },
 
-    /** Sends `answer` to bytes that are not a request, after all pending responses, and closes the connection. */
-    refuseBytes (socket: Socket, answer: () => string): void {
+    /**
+     * Sends `answer` to bytes that are not a request, after all pending responses, and closes the connection. `answer`
+     * gets the request whose body did not arrive, if there is one.
+     */
+    refuseBytes (socket: Socket, answer: (request: IncomingMessage | undefined) => string): void {
       const connection = connections.get(socket)
       if (connection === undefined || !socket.writable) {
         socket.destroy()
         return
       }
+      const { latest } = connection.pipeline
       endAfterAnswers(connection.pipeline, () => {
         if (!socket.writable) return
-        socket.write(answer())
+        socket.write(answer(latest?.complete === false ? latest : undefined))
         linger(socket, recordCost)
       })
     },

@@ -32,11 +32,11 @@ export interface Outline {
 const [QUOTE, BACKSLASH, COMMA, OPEN, CLOSE, OPEN_LIST, CLOSE_LIST] = Array.from('"\\,{}[]', sign => sign.charCodeAt(0))
 
 /**
- * Returns the elements of the lists on the second level of a JSON text (`{"identities":[…]}`). It does not parse them,
- * so that each can be parsed alone: JSON.parse of a hostile megabyte takes 100 ms and 30 MB. The body is JSON if and
- * only if `text` and every element are. Returns undefined when there are more than `max` elements.
+ * Returns the elements of the lists on one level of a JSON text: 1 (`[…]`) or 2 (`{"identities":[…]}`). It does not
+ * parse them, so that each can be parsed alone: JSON.parse of a hostile megabyte takes 100 ms and 30 MB. The body is
+ * JSON if and only if `text` and every element are. Returns undefined when there are more than `max` elements.
  */
-export function outline (body: Buffer, max: number): Outline | undefined {
+export function outline (body: Buffer, max: number, level: 1 | 2 = 2): Outline | undefined {
   const bounds: number[] = []
   let text = ''
   let depth = 0
@@ -55,12 +55,12 @@ export function outline (body: Buffer, max: number): Outline | undefined {
       for (index++; index < body.length && body[index] !== QUOTE; index++) if (body[index] === BACKSLASH) index++
     } else if (byte === OPEN || byte === OPEN_LIST) {
       depth++
-      if (depth === 2 && byte === OPEN_LIST) start = index + 1
+      if (depth === level && byte === OPEN_LIST) start = index + 1
     } else if (byte === CLOSE || byte === CLOSE_LIST) {
-      if (depth === 2 && start !== -1) close(index)
-      if (depth === 2) start = -1
+      if (depth === level && start !== -1) close(index)
+      if (depth === level) start = -1
       depth--
-    } else if (byte === COMMA && depth === 2 && start !== -1) {
+    } else if (byte === COMMA && depth === level && start !== -1) {
       close(index)
       start = index + 1
     }

@@ -1,5 +1,5 @@
 import type { FastifyRequest, FastifySchemaValidationError } from 'fastify'
-import { escapePointer, type FieldError } from '../identity/identity.ts'
+import { escapePointer, type FieldError, type IdentityRules } from '../identity/identity.ts'
 
 /** An error of Ajv with `verbose`. */
 interface SchemaError extends FastifySchemaValidationError {
@@ -23,6 +23,12 @@ export function fieldErrors (request: FastifyRequest): FieldError[] {
 /** Returns the `errors` of an Ajv validator as field errors. */
 export function asFieldErrors (errors: unknown): FieldError[] {
   return (errors as SchemaError[]).flatMap(fieldError)
+}
+
+/** Returns an error for each rule that an identity breaks. It decides for every route. */
+export function checkIdentity (request: FastifyRequest, rules: IdentityRules, identity: unknown): FieldError[] {
+  const validate = request.compileValidationSchema(rules.schema)
+  return [...validate(identity) ? [] : asFieldErrors(validate.errors), ...rules.check(identity)]
 }
 
 function fieldError (error: SchemaError): FieldError[] {

@@ -2,6 +2,13 @@ import { hash } from 'node:crypto'
 import type { Config } from '../config.ts'
 import { MAX_IDENTITY_BYTES, type Identity } from './identity.ts'
 import { deviceKey, withoutPrefix } from './ids.ts'
+import { frozen, type PendingEvent } from './pending-event.ts'
+import { storedSdkEvent } from './sdk-event.ts'
+
+export type { PendingEvent } from './pending-event.ts'
+
+/** The pending event of an identity. */
+type PendingIdentity = PendingEvent & { readonly anonKey: string }
 
 /** The names of the two ids in each mode. */
 type MergingIds = { $identified_id: string, $anon_id: string } | { $user_id: string, $device_id: string }
@@ -12,30 +19,6 @@ export interface MergingEvent {
   properties: Readonly<Record<string, unknown>> & { $insert_id: string, time: number } & MergingIds
 }
 
-/**
- * An event that waits for Mixpanel. It is serialised once and frozen, so a repeat has the same bytes. It holds no
- * token; the client adds it to each request.
- */
-export interface PendingEvent {
-  /** `{"event":…,"properties":{…}}` */
-  readonly json: string
-  /** The length of `json` in UTF-8. */
-  readonly bytes: number
-  /** The user's id, as the caller gave it. */
-  readonly userId: string
-  /**
-   * Equal for all spellings of an anonymous id: Mixpanel's SDKs add `$device:`, and a UUID has no case. In projects
-   * with Simplified ID Merge case matters.
-   */
-  readonly anonKey: string
-  readonly insertId: string
-  /** Seconds since the epoch. */
-  readonly time: number
-}
-
-/** An event of this many bytes is held in a buffer. */
-const LARGE_BYTES = 8192
-
 /** Returns a function that makes the event of an identity that is validated at `now` (ms since the epoch). */
 export function createToEvent (
   { MIXPANEL_ID_MERGE: mode, MERGE_EVENT: name }: Pick<Config, 'MIXPANEL_ID_MERGE' | 'MERGE_EVENT'>
@@ -44,7 +27,7 @@ export function createToEvent (
 }
 
 /** Returns the `$identify` event of an identity, which merges in projects with Original ID Merge. */
-export function identifyEvent (identity: Identity, now: number): PendingEvent {
+export function identifyEvent (identity: Identity, now: number): PendingIdentity {
   const { identified_id: identified, anon_id: anon } = identity
   return mergingEvent('$identify', { $identified_id: identified, $anon_id: anon }, anon, identity, now)
 }
@@ -53,7 +36,7 @@ export function identifyEvent (identity: Identity, now: number): PendingEvent {
  * Returns the event of an identity in projects with Simplified ID Merge, which ignore `$identify`: there any other
  * event with both ids merges. Mixpanel stores a `$device_id` without its prefix, and never finds one that has two.
  */
-function ordinaryEvent (identity: Identity, now: number, name: string): PendingEvent {
+function ordinaryEvent (identity: Identity, now: number, name: string): PendingIdentity {
   const device = withoutPrefix(identity.anon_id)
   return mergingEvent(name, { $user_id: identity.identified_id, $device_id: device }, device, identity, now)
 }
@@ -61,7 +44,7 @@ function ordinaryEvent (identity: Identity, now: number, name: string): PendingE
 /** Returns an event with these `ids`; `anon` is the anonymous id as Mixpanel stores it. */
 function mergingEvent (
   event: string, ids: MergingIds, anon: string, { identified_id: identified, properties }: Identity, now: number
-): PendingEvent {
+): PendingIdentity {
   return pending({
     event,
     properties: {
@@ -93,7 +76,10 @@ export const isTooLarge = ({ bytes }: PendingEvent): boolean => bytes > MAX_IDEN
 /** Returns the event that was stored as `json`, byte for byte; undefined if `json` is no event. */
 export function storedEvent (json: string): PendingEvent | undefined {
   try {
-    const event = pending(parseEvent({ json }), json)
+    const parsed = parseEvent({ json })
+    // `token` is a reserved name for identities.
+    if ('token' in parsed.properties) return storedSdkEvent(json, parsed)
+    const event = pending(parsed, json)
     return typeof event.insertId === 'string' && Number.isFinite(event.time) ? event : undefined
   } catch {
     return undefined
@@ -102,14 +88,19 @@ export function storedEvent (json: string): PendingEvent | undefined {
 
 /** Returns a text of Mixpanel about an event with the ids of the event masked, for the log. */
 export function withoutIds (text: string, event: PendingEvent): string {
+  const { $device_id: device, distinct_id: distinct } = parseEvent(event).properties
   const { userId, anonId } = idsOf(event)
-  return [userId, anonId, event.anonKey].reduce((masked, id) => masked.replaceAll(id, '***'), text)
+  const ids = [userId, anonId, event.anonKey, device, distinct].filter(id => typeof id === 'string' && id !== '')
+  return ids.reduce((masked: string, id) => masked.replaceAll(String(id), '***'), text)
 }
 
-/** Returns the two ids of an event as it carries them, whatever the mode. */
-export function idsOf (event: PendingEvent): { userId: string, anonId: string } {
-  const { $device_id: device, $anon_id: anon = device } = parseEvent(event).properties
-  return { userId: event.userId, anonId: String(anon) }
+/** Returns the two ids of an event as it carries them, whatever the mode. One that does not merge may lack both. */
+export function idsOf (event: PendingEvent): { userId: string, anonId: string | undefined } {
+  const properties: Record<string, unknown> = parseEvent(event).properties
+  const anon = event.tokenAt !== undefined && 'alias' in properties
+    ? properties.distinct_id
+    : properties.$anon_id ?? properties.$anon_distinct_id ?? properties.$device_id
+  return { userId: event.userId, anonId: typeof anon === 'string' ? anon : undefined }
 }
 
 /** Returns the event as an object. */
@@ -117,16 +108,10 @@ export function parseEvent ({ json }: Pick<PendingEvent, 'json'>): MergingEvent 
   return JSON.parse(json)
 }
 
-function pending ({ event, properties }: MergingEvent, json = JSON.stringify({ event, properties })): PendingEvent {
+function pending ({ event, properties }: MergingEvent, json = JSON.stringify({ event, properties })): PendingIdentity {
   const { $insert_id: insertId, time } = properties
   const [userId, anonKey] = '$device_id' in properties
     ? [properties.$user_id, properties.$device_id] as [string, string]
     : [properties.$identified_id, deviceKey(properties.$anon_id)] as [string, string]
-  const bytes = Buffer.byteLength(json)
-  if (bytes === json.length && bytes < LARGE_BYTES) {
-    return Object.freeze({ json, bytes, userId, anonKey, insertId, time })
-  }
-  // V8 does not move bytes outside its heap. A string with any character beyond Latin-1 has two bytes per character.
-  const utf8 = Buffer.from(json)
-  return Object.freeze({ get json () { return utf8.toString() }, bytes, userId, anonKey, insertId, time })
+  return frozen(json, { userId, anonKey, insertId, time })
 }

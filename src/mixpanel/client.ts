@@ -133,6 +133,9 @@ export function createMixpanel (config: Config, log?: Pick<Log, 'warn'>) {
       })
     }),
 
+    /** Returns true if `text` looks like the token of another project. */
+    isForeignToken: credentials.isForeignToken,
+
     /** Returns how many seconds this clock is ahead of Mixpanel's; undefined until its first answer. */
     clockSkew: () => clockSkew,
 

@@ -1,4 +1,6 @@
 import type { Config } from '../config.ts'
+import type { PendingEvent } from '../identity/event.ts'
+import { MARK_LENGTH } from '../identity/sdk-event.ts'
 
 export type Credentials = ReturnType<typeof createCredentials>
 
@@ -11,17 +13,21 @@ const MAX_FORMS = 100
 export function createCredentials (config: Secrets) {
   let basic = ''
   let closing = ''
+  let quoted = ''
+  let current = ''
   /** Every form of every secret that a reason of Mixpanel may quote from a request. */
   let forms: string[] = []
 
   /** Takes the secrets of `config` for all later requests. */
   function use ({ MIXPANEL_TOKEN: token, MIXPANEL_SERVICE_ACCOUNT: account }: Secrets): void {
     basic = `Basic ${base64(account ?? `${token}:`)}`
-    closing = `,"token":${JSON.stringify(token)}}}`
-    const current = [token, account, account?.replace(/^[^:]*:/, '')].flatMap(secret => secret === undefined
+    current = token
+    quoted = JSON.stringify(token)
+    closing = `,"token":${quoted}}}`
+    const present = [token, account, account?.replace(/^[^:]*:/, '')].flatMap(secret => secret === undefined
       ? []
       : [secret, JSON.stringify(secret).slice(1, -1), encodeURIComponent(secret), base64(secret), base64(`${secret}:`)])
-    forms = [...new Set([...current, ...forms])].slice(0, MAX_FORMS)
+    forms = [...new Set([...present, ...forms])].slice(0, MAX_FORMS)
   }
   use(config)
 
@@ -31,8 +37,20 @@ export function createCredentials (config: Secrets) {
     /** Returns the `authorization` header of `/import`. */
     basic: () => basic,
 
-    /** Returns an event's JSON with the token as its last property. */
-    withToken: (json: string) => `${json.slice(0, -2)}${closing}`,
+    /** Returns an event's JSON with the token: in an SDK's event where its own stood, else as the last property. */
+    withToken ({ json, tokenAt }: PendingEvent): string {
+      if (tokenAt === undefined) return `${json.slice(0, -2)}${closing}`
+      let text = ''
+      let from = 0
+      for (const at of tokenAt) {
+        text += json.slice(from, at) + quoted
+        from = at + MARK_LENGTH
+      }
+      return text + json.slice(from)
+    },
+
+    /** Returns true if `text` looks like the token of another project. */
+    isForeignToken: (text: string) => /^[0-9a-f]{32}$/i.test(text) && text !== current,
 
     /** Returns `text` with every form of every secret, earlier ones included, replaced by `***`. */
     mask: (text: string) => forms.reduce((masked, form) => masked.replaceAll(form, '***'), text)

@@ -9,9 +9,9 @@ export interface EncodedRequest { path: string, headers: Record<string, string>,
 export const MAX_REQUEST_BYTES = 1_048_576
 
 /** Returns the most bytes that an event has on the wire: percent-encoding may turn one byte into three. */
-export function wireBytes ({ bytes }: PendingEvent, { MIXPANEL_TOKEN: token }: Config): number {
-  // The token is sent as `,"token":"…"`, escaped, with a comma before the next event.
-  return 3 * (bytes + 2 * token.length + 12)
+export function wireBytes ({ bytes, tokenAt }: PendingEvent, { MIXPANEL_TOKEN: token }: Config): number {
+  // The token is sent as `,"token":"…"`, escaped, with a comma before the next event. An SDK's event may repeat it.
+  return 3 * (bytes + (tokenAt?.length ?? 1) * 2 * token.length + 12)
 }
 
 export interface EncodeOptions {
@@ -31,7 +31,7 @@ export function encodeRequest (
   events: PendingEvent[], options: EncodeOptions, { basic, withToken }: Credentials, config: Config
 ): EncodedRequest {
   const { endpoint = config.MIXPANEL_ENDPOINT, strict = false, verbose = false } = options
-  const list = events.map(({ json }) => withToken(json)).join()
+  const list = events.map(withToken).join()
   if (endpoint === 'import') {
     return importRequest('strict=1', list, basic(), config)
   }

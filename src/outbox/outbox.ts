@@ -95,6 +95,9 @@ export const MAX_NEXT_BYTES = 1_000_000
 export const OTHER_MODE = 'it holds identities that were queued with another MIXPANEL_ID_MERGE. Set it back until ' +
   'they are delivered or dropped'
 
+/** What is stored as the anonKey of an event that has none. */
+export const NO_CLAIM = ''
+
 /** The reason of a dead letter whose stored text is no event. */
 export const UNREADABLE = 'unreadable: it was changed after it was stored'
 

@@ -5,7 +5,7 @@ import { NO_METRICS, type Metrics } from '../metrics.ts'
 import { connectBackground, redisOutage, withTimeout, FOREGROUND_TIMEOUT_MS, type Redis } from '../redis.ts'
 import { groupCalls } from './grouped.ts'
 import {
-  listed, MAX_NEXT_BYTES, OTHER_MODE, readRows, UNREADABLE,
+  listed, MAX_NEXT_BYTES, NO_CLAIM, OTHER_MODE, readRows, UNREADABLE,
   type Counts, type DeadLetter, type Entry, type Limits, type Outbox, type PutResult
 } from './outbox.ts'
 import { KEYS, SCRIPTS, VERSION } from './scripts.ts'
@@ -65,7 +65,8 @@ export async function openRedis (
   const groups = groupCalls({
     maxGroup: MAX_GROUP,
     store: events => {
-      const args = events.flatMap(({ event: { anonKey, json, bytes }, maxBytes }) => [anonKey, json, bytes, maxBytes])
+      const args = events.flatMap(({ event: { anonKey = NO_CLAIM, json, bytes }, maxBytes }) =>
+        [anonKey, json, bytes, maxBytes])
       return run<number[]>(foreground, 'PUT', maxEntries, ...args).then(stored => ({
         results: stored.map((isStored): PutResult => isStored === 1 ? 'stored' : 'rejected'),
         ...stored.includes(0) && { cause: `full: ${counts.waiting + counts.dead} entries, ${counts.bytes} bytes` }
@@ -83,7 +84,7 @@ export async function openRedis (
   }
 
   const remove = (entries: Entry[]) =>
-    run<number>(background, 'ACK', ...entries.flatMap(({ id, event }) => [id, event.anonKey, event.bytes]))
+    run<number>(background, 'ACK', ...entries.flatMap(({ id, event }) => [id, event.anonKey ?? NO_CLAIM, event.bytes]))
   const deadLetter = (letters: { id: string, claim: string, json: string, reason: string }[]) => {
     const args = letters.flatMap(({ id, claim, json, reason }) => [id, claim, json, reason])
     return run<void>(background, 'DEAD_LETTER', Date.now(), ...args)
@@ -106,7 +107,7 @@ export async function openRedis (
     },
     async ack (entries) { await remove(entries) },
     deadLetter: letters => deadLetter(letters.map(({ entry: { id, event }, reason }) =>
-      ({ id, claim: event.anonKey, json: event.json, reason }))),
+      ({ id, claim: event.anonKey ?? NO_CLAIM, json: event.json, reason }))),
     disk: async () => undefined,
     outage () {
       const outage = redisOutage(foreground)

@@ -5,7 +5,9 @@ import type { Log } from '../log.ts'
 import { NO_METRICS, type Metrics } from '../metrics.ts'
 import { groupCalls } from './grouped.ts'
 import type { Database, NewRow } from './database.ts'
-import { DirectoryInUse, listed, readRows, UNREADABLE, type Counts, type Limits, type Outbox } from './outbox.ts'
+import {
+  DirectoryInUse, listed, NO_CLAIM, readRows, UNREADABLE, type Counts, type Limits, type Outbox
+} from './outbox.ts'
 import { OPENED, type Answer, type Call } from './database-calls.ts'
 import type { ThreadData } from './sqlite-thread.ts'
 import type { WaitingRow } from './statements.ts'
@@ -92,7 +94,7 @@ export async function connectOutbox (
     async store (events) {
       if (lateCalls > 0) return { results: events.map(() => 'rejected'), cause: TOO_SLOW }
       const rows = events.map(
-        ({ event: { anonKey, json, bytes }, maxBytes }): NewRow => [anonKey, json, bytes, maxBytes]
+        ({ event: { anonKey = NO_CLAIM, json, bytes }, maxBytes }): NewRow => [anonKey, json, bytes, maxBytes]
       )
       return inTime(call('put', rows))
     },

@@ -8,7 +8,8 @@ import { isFailure, isLimit, isNotSent, type Verdict } from '../identity/verdict
 import type { Entry, Outbox } from '../outbox/outbox.ts'
 import { backoffMs, createPauses } from './pauses.ts'
 import {
-  createPass, finalReason, isTooLong, isTooOld, maxRound, planRound, TOO_OLD, type FinalReason
+  createPass, finalReason, hasNoEffect, isTooLong, isTooOld, maxRound, NO_EFFECT, orderKey, planRound, TOO_OLD,
+  type FinalReason
 } from './plan.ts'
 import { createSuspects } from './suspects.ts'
 
@@ -52,7 +53,9 @@ export function createForwarder (
     if (entries.length === 0 || isTooLong(pass)) return nextPass()
     const expired = entries.filter(entry => isTooOld(entry, config))
     await deadLetter(expired.map(entry => ({ entry, ...TOO_OLD })))
-    const fresh = entries.filter(entry => !expired.includes(entry))
+    const inert = entries.filter(entry => !expired.includes(entry) && hasNoEffect(entry, config))
+    await deadLetter(inert.map(entry => ({ entry, ...NO_EFFECT })))
+    const fresh = entries.filter(entry => !expired.includes(entry) && !inert.includes(entry))
     const { arrays, last = entries.at(-1)?.id } = planRound(fresh, pass, suspects, config)
     // Many rounds of deferred entries must not block the event loop.
     if (arrays.length === 0) await setImmediate()
@@ -112,7 +115,7 @@ export function createForwarder (
     await outbox.deadLetter(letters)
     for (const { label } of letters) metrics.outbox('dead_lettered', label)
     const logged = letters.slice(0, MAX_LOGGED)
-    const insertIds = logged.map(({ entry }) => entry.event.insertId)
+    const insertIds = logged.map(({ entry }) => entry.event.insertId).filter(id => id !== '')
     const reasons = new Set(logged.map(({ entry, reason }) => withoutIds(reason, entry.event)))
     log.warn({ identities: letters.length, insert_ids: insertIds, reasons: [...reasons] }, 'identities dead-lettered')
   }
@@ -122,15 +125,16 @@ export function createForwarder (
     const isSettled = ({ entry, verdict }: Outcome) =>
       verdict.code === 'accepted' || finalReason(entry, verdict) !== undefined
     const settled = arrays.flat().filter(isSettled)
-    for (const { entry: { event: { anonKey } }, verdict } of settled) {
+    for (const { entry, verdict } of settled) {
+      const anonKey = orderKey(entry)
       suspects.settled(anonKey)
       if (verdict.code === 'accepted' && pass.deferred.delete(anonKey)) pass.decided.add(anonKey)
     }
     const remaining = arrays.map(array => array.filter(outcome => !isSettled(outcome)))
-    for (const { entry } of remaining.flat()) pass.deferred.add(entry.event.anonKey)
+    for (const { entry } of remaining.flat()) pass.deferred.add(orderKey(entry))
     // The failure of a culprit delays that entry alone.
     const failed = remaining.flat().filter(({ entry, verdict }) =>
-      !isFailure(verdict) || !suspects.isCulprit(entry.event.anonKey)).map(({ verdict }) => verdict)
+      !isFailure(verdict) || !suspects.isCulprit(orderKey(entry))).map(({ verdict }) => verdict)
     pass.madeProgress ||= settled.length > 0
     const isResumed = settled.length > 0 && !failed.some(isLimit)
     if (isResumed && state.failures > 0) {
@@ -139,7 +143,7 @@ export function createForwarder (
     }
     if (settled.length > 0) suspects.accepted()
     for (const array of remaining) {
-      const keys = array.filter(({ verdict }) => isFailure(verdict)).map(({ entry }) => entry.event.anonKey)
+      const keys = array.filter(({ verdict }) => isFailure(verdict)).map(({ entry }) => orderKey(entry))
       if (keys.length > 0) suspects.failed(keys)
     }
     if (isResumed) state.failures = 0

@@ -71,7 +71,7 @@ export function createMergeGuard (
   }
 
   /** Returns the pair of an event, which counts from now on, or the verdict on one that is suspicious. */
-  function reserve ({ userId, anonKey, insertId }: PendingEvent): Pair | Verdict {
+  function reserve ({ userId, insertId }: PendingEvent, anonKey: string): Pair | Verdict {
     const user = digest('user', userId)
     const anon = digest('anon', anonKey)
     const name = user + anon
@@ -101,9 +101,10 @@ export function createMergeGuard (
   }
 
   return {
-    /** Resolves with the verdict of `send`, or with `suspicious_identity` without sending. */
+    /** Resolves with the verdict of `send`, or of an event that merges with `suspicious_identity`, without sending. */
     async run (event: PendingEvent, send: () => Promise<Verdict>): Promise<Verdict> {
-      const pair = reserve(event)
+      if (event.anonKey === undefined) return send()
+      const pair = reserve(event, event.anonKey)
       if ('code' in pair) return pair
       try {
         const verdict = await send()

@@ -1,5 +1,7 @@
 import type { Config } from '../config.ts'
 import { MAX_REQUEST_BYTES, wireBytes } from '../mixpanel/encode.ts'
+import { parseEvent } from '../identity/event.ts'
+import { isVerb } from '../identity/merge.ts'
 import { isTooLarge, type Verdict } from '../identity/verdict.ts'
 import type { Entry } from '../outbox/outbox.ts'
 import type { Suspects } from './suspects.ts'
@@ -31,6 +33,12 @@ export function isTooOld ({ event, endpoint }: Pick<Entry, 'event' | 'endpoint'>
     Date.now() - event.time * 1000 > TRACK_MAX_AGE_MS
 }
 
+/** Returns true for an event for which `/import` would refuse its whole array: it has no effect in this mode. */
+export function hasNoEffect ({ event, endpoint }: Entry, { MIXPANEL_ENDPOINT, MIXPANEL_ID_MERGE }: Config): boolean {
+  return (endpoint ?? MIXPANEL_ENDPOINT) === 'import' && MIXPANEL_ID_MERGE === 'simplified' &&
+    isVerb(parseEvent(event))
+}
+
 /** The state of one pass through the outbox, from the oldest entry to the newest. */
 export interface Pass {
   /** The id of the last entry that a round looked at. */
@@ -43,6 +51,9 @@ export interface Pass {
   /** True after a pause for a failure; the next pass need not wait again. */
   hasPaused: boolean
 }
+
+/** Returns the anonKey of an entry, or a key of its own for an event without one, which has no order. */
+export const orderKey = ({ id, event: { anonKey } }: Entry): string => anonKey ?? `\n${id}`
 
 export const createPass = (decided = new Set<string>()): Pass =>
   ({ after: undefined, deferred: new Set(), decided, madeProgress: false, hasPaused: false })
@@ -67,7 +78,8 @@ export function planRound (
   let bytes = MAX_REQUEST_BYTES
   let last: string | undefined
   for (const entry of entries) {
-    const { anonKey, insertId: pair } = entry.event
+    const anonKey = orderKey(entry)
+    const { userId: pair } = entry.event
     const isCulprit = suspects.isCulprit(anonKey)
     const mustWait = suspects.isPaused(anonKey) || (isCulprit && culprits.length === MAX_CULPRITS)
     const isSecond = !decided.has(anonKey) && (pairs.get(anonKey) ?? pair) !== pair
@@ -101,6 +113,7 @@ export function planRound (
 export interface FinalReason { reason: string, label: string }
 
 export const TOO_OLD: FinalReason = { reason: 'older than 4.5 days', label: 'too_old' }
+export const NO_EFFECT: FinalReason = { reason: 'no effect with Simplified ID Merge', label: 'no_effect' }
 
 /** Returns why an entry with this verdict can never be delivered; undefined if it is delivered or still may be. */
 export function finalReason ({ endpoint }: Entry, verdict: Verdict): FinalReason | undefined {

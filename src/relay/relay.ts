@@ -1,11 +1,12 @@
 import { createBatcher } from '../concurrency/batcher.ts'
+import { createInFlight } from '../concurrency/in-flight.ts'
 import { createKeyedMutex } from '../concurrency/keyed-mutex.ts'
 import type { Config } from '../config.ts'
 import { createDelivery, MAX_SENT_BYTES, type OutgoingEvent } from '../mixpanel/delivery.ts'
 import { createToEvent, type PendingEvent } from '../identity/event.ts'
 import type { Identity } from '../identity/identity.ts'
 import { createMergeGuard } from './merge-guard.ts'
-import { createStoreAndForward, type StoreOptions } from './store-and-forward.ts'
+import { createStoreAndForward, type RelayedEvent, type StoreOptions } from './store-and-forward.ts'
 import { throttled, type Log } from '../log.ts'
 import { MAX_SENDS, type Mixpanel } from '../mixpanel/client.ts'
 import { MAX_REQUEST_BYTES, wireBytes } from '../mixpanel/encode.ts'
@@ -30,6 +31,9 @@ const CROWDED: Verdict = { ...OVERLOADED, reason: 'Too many identities with this
 const EARLIEST_TIME = Date.UTC(2026, 10, 1) / 1000
 const CLOCK_IS_WRONG: Verdict = { ...OVERLOADED, reason: 'The clock of the relay is wrong; its operator must set it.' }
 
+/** The SDKs for Java and Ruby leave after 10 s. This leaves time to store an event. */
+const SDK_WAIT_MS = 6500
+
 export interface IdentifyOptions extends StoreOptions {
   /** Mixpanel validates the event (`strict=1`). */
   isStrict?: boolean
@@ -45,6 +49,8 @@ export function createRelay (
   config: Config, mixpanel: Mixpanel, log: Log, outbox?: Outbox, metrics: Metrics = NO_METRICS
 ) {
   const delivery = createDelivery(config, mixpanel, log, metrics)
+  // An item in the batcher has the patience of the SDKs if there are any.
+  const longestWait = config.COMPAT === 'off' ? config.DEADLINE_MS : Math.min(config.DEADLINE_MS, SDK_WAIT_MS)
   const batcher = createBatcher<OutgoingEvent, Verdict>({
     send: delivery.deliver,
     maxBatch: config.MAX_BATCH,
@@ -54,7 +60,7 @@ export function createRelay (
     freeSends: FREE_SENDS,
     maxSends: MAX_SENDS,
     // A send in the last tenth of the deadline would rarely be answered in time.
-    late: { afterMs: config.DEADLINE_MS * 0.9, result: NEVER_SENT },
+    late: { afterMs: longestWait * 0.9, result: NEVER_SENT },
     isAlone: item => item.isStrict
   })
   const storeAndForward = outbox &&
@@ -62,14 +68,17 @@ export function createRelay (
   const logWrongClock = throttled(log, 'error', 'clock before the date of this release')
   // The first user of an anonymous id keeps it for ever, so identities with one anonymous id are sent one at a time.
   const mutex = createKeyedMutex()
+  /** Events of SDKs that do not merge, and so have no order. */
+  const unordered = createInFlight()
+  const inFlight = () => mutex.inFlight() + unordered.count()
   const toEvent = createToEvent(config)
 
   const mergeGuard = createMergeGuard(config, log, { metrics })
 
-  const sendOrStore = (item: OutgoingEvent, options: IdentifyOptions): Promise<Verdict> =>
+  const sendOrStore = (item: RelayedEvent, options: IdentifyOptions): Promise<Verdict> =>
     storeAndForward === undefined ? batcher.add(item) : storeAndForward.identify(item, options)
 
-  const sendIfPlausible = (item: OutgoingEvent, options: IdentifyOptions): Promise<Verdict> => mergeGuard === undefined
+  const sendIfPlausible = (item: RelayedEvent, options: IdentifyOptions): Promise<Verdict> => mergeGuard === undefined
     ? sendOrStore(item, options)
     : mergeGuard.run(item.event, () => sendOrStore(item, options))
 
@@ -79,9 +88,8 @@ export function createRelay (
   }
 
   async function identifyInBatch (
-    item: OutgoingEvent, options: IdentifyOptions, failures: Map<string, Verdict>
+    item: RelayedEvent, anonKey: string, options: IdentifyOptions, failures: Map<string, Verdict>
   ): Promise<Verdict> {
-    const { anonKey } = item.event
     const failure = failures.get(anonKey)
     // If this one were sent, the caller's repeat of the earlier one would come too late.
     if (failure !== undefined) return { ...failure, taken: 'no' }
@@ -90,23 +98,53 @@ export function createRelay (
     return verdict
   }
 
+  /** Sends an event within `wait` ms, after the earlier ones with its anonymous id and another `owner`. */
+  async function relayEvent (
+    event: PendingEvent, wait: number, options: IdentifyOptions, owner?: string
+  ): Promise<Verdict> {
+    const { anonKey } = event
+    const { isStrict = false, failures } = options
+    if (inFlight() >= config.MAX_IN_FLIGHT) return OVERLOADED
+    const now = performance.now()
+    const item = { event, isStrict, deadline: now + wait, halfway: now + wait / 2, attempts: 0 }
+    if (anonKey === undefined) {
+      unordered.begin()
+      return sendOrStore(item, options).finally(() => unordered.end())
+    }
+    if (mutex.queued(anonKey) >= MAX_QUEUED) return CROWDED
+    return mutex.run(anonKey, () => failures === undefined
+      ? sendIfPlausible(item, options)
+      : identifyInBatch(item, anonKey, options, failures), owner)
+  }
+
+  /** Returns the verdict of a relay whose clock is wrong: the time of its events would be. In seconds. */
+  function checkClock (time: number): Verdict | undefined {
+    if (time >= EARLIEST_TIME) return undefined
+    logWrongClock({ time })
+    return CLOCK_IS_WRONG
+  }
+
   return {
     /**
      * Resolves with the verdict within DEADLINE_MS; rejects only on a bug. With MAX_IN_FLIGHT identities in flight the
      * verdict is `overloaded`, at once. A caller that disconnects changes nothing: the event is sent or stored.
      */
-    async identify (event: PendingEvent, options: IdentifyOptions = {}): Promise<Verdict> {
-      const { isStrict = false, failures } = options
-      if (mutex.inFlight() >= config.MAX_IN_FLIGHT) return OVERLOADED
-      if (mutex.queued(event.anonKey) >= MAX_QUEUED) return CROWDED
-      if (event.time < EARLIEST_TIME) {
-        logWrongClock({ time: event.time })
-        return CLOCK_IS_WRONG
-      }
-      const item = { event, isStrict, deadline: performance.now() + config.DEADLINE_MS, attempts: 0 }
-      return mutex.run(event.anonKey, () =>
-        failures === undefined ? sendIfPlausible(item, options) : identifyInBatch(item, options, failures))
-    },
+    identify: async (event: PendingEvent, options: IdentifyOptions = {}): Promise<Verdict> =>
+      checkClock(event.time) ?? relayEvent(event, config.DEADLINE_MS, options),
+
+    /**
+     * The same for an event of an SDK, within `waitMs` or less. Events that merge one pair of ids do not wait for each
+     * other, and events that do not merge wait for none.
+     */
+    track: async (event: PendingEvent, waitMs: number, options: IdentifyOptions): Promise<Verdict> =>
+      checkClock(Date.now() / 1000) ??
+        relayEvent(event, Math.min(longestWait, waitMs), options, event.userId),
+
+    /** Returns true if `count` more events may be in flight. */
+    hasRoom: (count: number) => inFlight() + count <= config.MAX_IN_FLIGHT,
+
+    /** Returns true if `text` looks like the token of another project. */
+    isForeignToken: mixpanel.isForeignToken,
 
     /** Returns the event of an identity that is validated now. */
     toEvent: (identity: Identity) => toEvent(identity, Date.now()),
@@ -115,7 +153,7 @@ export function createRelay (
 
     /** Returns, for operators: identities in flight, the counts of the outbox, and Mixpanel's last verdict. */
     state: () => ({
-      in_flight: mutex.inFlight(),
+      in_flight: inFlight(),
       ...outbox && { outbox: { ...outbox.counts(), ...outageOf(outbox), ...rejection() } },
       ...delivery.state()
     }),
@@ -135,6 +173,7 @@ export function createRelay (
     /** Resolves when no identity is in flight, including those of disconnected callers. */
     async stop (): Promise<void> {
       await mutex.idle()
+      await unordered.idle()
       await storeAndForward?.stop()
     }
   }

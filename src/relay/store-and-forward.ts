@@ -10,10 +10,13 @@ import { isDeferrable, NEVER_SENT, OVERLOADED, type Outcome, type Verdict } from
 interface Dependencies {
   outbox: Outbox
   delivery: Delivery
-  send: (item: OutgoingEvent) => Promise<Verdict>
+  send: (item: RelayedEvent) => Promise<Verdict>
   log: Log
   metrics?: Metrics
 }
+
+/** An event that is stored, not sent, when half of its time has passed at `halfway`, by performance.now(). */
+export interface RelayedEvent extends OutgoingEvent { halfway: number }
 
 export interface StoreOptions {
   /** The verdict comes once the event is in the outbox (RFC 7240, `respond-async`). */
@@ -57,7 +60,7 @@ export function createStoreAndForward (
   let rejectedAt: Date | undefined
   let rejectingSince: Date | undefined
 
-  async function store ({ event }: OutgoingEvent, reason: StoreReason, maxBytes: number): Promise<Verdict> {
+  async function store ({ event }: RelayedEvent, reason: StoreReason, maxBytes: number): Promise<Verdict> {
     const result = await outbox.put(event, maxBytes)
     metrics.outbox(result, reason)
     rejectedAt = result === 'rejected' ? new Date() : undefined
@@ -75,7 +78,7 @@ export function createStoreAndForward (
     return found === undefined ? '' : ` The outbox waits for its ${found.part} since ${found.since.toISOString()}.`
   }
 
-  function sendUnlessStopped (item: OutgoingEvent): Promise<Verdict> {
+  function sendUnlessStopped (item: RelayedEvent): Promise<Verdict> {
     return new Promise((resolve, reject) => {
       const endWait = () => resolve({ code: 'mixpanel_timed_out', taken: 'unknown', cause: 'shutdown' })
       if (isStopped) return resolve(NEVER_SENT)
@@ -84,16 +87,15 @@ export function createStoreAndForward (
     })
   }
 
-  async function sendOrStore (item: OutgoingEvent, maxBytes: number): Promise<Verdict> {
-    const { event, deadline } = item
+  async function sendOrStore (item: RelayedEvent, maxBytes: number): Promise<Verdict> {
+    const { event, halfway } = item
     if (outbox.counts().paused) return store(item, 'paused', maxBytes)
-    const hasEarlier = await outbox.has(event.anonKey)
+    // An event without an anonymous id has no order.
+    const hasEarlier = event.anonKey === undefined ? 'no' : await outbox.has(event.anonKey)
     if (hasEarlier === 'unknown') return overloaded(`${OUT_OF_REACH}${outage()}`)
     if (hasEarlier === 'yes') return store(item, 'earlier_queued', maxBytes)
     // Half the deadline has passed behind an earlier identity; too little is left to send.
-    if (performance.now() > deadline - config.DEADLINE_MS / 2) {
-      return store(item, 'late', maxBytes)
-    }
+    if (performance.now() > halfway) return store(item, 'late', maxBytes)
     const verdict = await sendUnlessStopped(item)
     if (verdict.code === 'accepted') forwarder.recovered()
     if (!isDeferrable(verdict)) return verdict
@@ -104,7 +106,7 @@ export function createStoreAndForward (
 
   return {
     /** Resolves with the verdict of `send`, or with `queued` once the event is on disk. `isAsync`: stores at once. */
-    identify (item: OutgoingEvent, { isAsync = false, isTrusted = false }: StoreOptions): Promise<Verdict> {
+    identify (item: RelayedEvent, { isAsync = false, isTrusted = false }: StoreOptions): Promise<Verdict> {
       const maxBytes = isTrusted ? config.OUTBOX_MAX_BYTES : config.OUTBOX_MAX_BYTES / 2
       return isAsync ? store(item, 'respond_async', maxBytes) : sendOrStore(item, maxBytes)
     },

@@ -49,8 +49,10 @@ export function createLedger (options: LedgerOptions = {}) {
   let dropped = 0
 
   function identify (properties: Record<string, unknown>): Outcome {
-    const user = properties.$identified_id
-    const anon = properties.$anon_id ?? properties.$anon_distinct_id
+    const { $identified_id: identified, $anon_distinct_id: previous, distinct_id: distinct } = properties
+    // The JavaScript SDK and those of phones name the user by distinct_id alone.
+    const user = identified ?? (previous === undefined ? undefined : distinct)
+    const anon = properties.$anon_id ?? previous
     if (mode === 'simplified') return { outcome: 'ignored_simplified' }
     if (mode === 'legacy') return { outcome: 'not_applicable' }
     // Assumption: Mixpanel's real answer to an incomplete $identify is unknown.

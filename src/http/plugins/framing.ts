@@ -1,12 +1,12 @@
 import fp from 'fastify-plugin'
 import { hasOneHost, hasOtherCoding, hasTooManyHeaders, MAX_HEADERS } from '../framing.ts'
 
-/** Refuses requests that two servers could read differently, and bodies that are not plain UTF-8. */
+/** Refuses requests that two servers could read differently, and bodies that are not plain UTF-8. SDKs may use gzip. */
 export const framing = fp(async app => {
   app.addHook('onRequest', (request, reply, done) => {
     if (!hasOneHost(request.raw)) {
       const errors = [{ pointer: '', detail: 'must name an HTTP version and exactly one Host' }]
-      return reply.header('connection', 'close').problem('invalid_request', { errors })
+      return reply.header('connection', 'close').problem('invalid_request', { errors, status: 400 })
     }
     if (hasTooManyHeaders(request.raw)) {
       const errors = [{ pointer: '', detail: `must have fewer than ${MAX_HEADERS} headers` }]
@@ -15,9 +15,10 @@ export const framing = fp(async app => {
     const { 'content-encoding': encoding = '', 'content-type': type = '' } = request.headers
     if (hasOtherCoding(request.raw)) {
       const errors = [{ pointer: '', detail: 'must have no transfer encoding but chunked, and none in HTTP/1.0' }]
-      return reply.header('connection', 'close').problem('invalid_request', { errors })
+      return reply.header('connection', 'close').problem('invalid_request', { errors, status: 400 })
     }
-    const isEncoded = encoding !== '' && encoding.toLowerCase() !== 'identity'
+    const coding = encoding.toLowerCase()
+    const isEncoded = coding !== '' && coding !== 'identity' && !(coding === 'gzip' && request.route.config.sdk)
     return isEncoded || hasOtherCharset(type) ? reply.problem('unsupported_media_type') : done()
   })
 })

@@ -12,6 +12,9 @@ const PREFLIGHT = {
   'access-control-max-age': '7200'
 }
 
+/** What an SDK may add to its requests: the option `xhr_headers` of the JavaScript SDK takes any header. */
+const HEADER_NAMES = /^[\w-]{1,64}(?:, ?[\w-]{1,64}){0,31}$/
+
 interface Options { config: Pick<Config, 'CORS_ORIGINS'> }
 
 /** Lets pages of CORS_ORIGINS read every response, including those of later hooks. */
@@ -38,15 +41,20 @@ export const corsHeaders = fp<Options>(async (app, { config }) => {
  */
 export const origins = fp<Options & { callerText: CallerText }>(async (app, { config, callerText }) => {
   const allowed = new Set(config.CORS_ORIGINS)
-  app.addHook('onRequest', ({ headers, method }, reply, done) => {
+  app.addHook('onRequest', ({ headers, method, route: { config: { sdk } } }, reply, done) => {
     const { origin } = headers
     if (origin === undefined) return done()
     if (!allowed.has(origin)) {
-      if (method === 'GET' || method === 'HEAD') return done()
+      if ((method === 'GET' || method === 'HEAD') && sdk === undefined) return done()
       reply.logLine.details = { ...reply.logLine.details, origin: callerText.forLog(origin) }
       return reply.problem('forbidden')
     }
     const isPreflight = method === 'OPTIONS' && 'access-control-request-method' in headers
-    return isPreflight ? reply.code(204).headers(PREFLIGHT).send() : done()
+    if (!isPreflight) return done()
+    const asked = headers['access-control-request-headers']
+    if (sdk !== undefined && asked !== undefined && HEADER_NAMES.test(asked)) {
+      return reply.code(204).headers({ ...PREFLIGHT, 'access-control-allow-headers': asked }).send()
+    }
+    reply.code(204).headers(PREFLIGHT).send()
   })
 })

@@ -1,4 +1,4 @@
-import { STATUS_CODES } from 'node:http'
+import { STATUS_CODES, type IncomingMessage } from 'node:http'
 import type { Socket } from 'node:net'
 import { randomUUID } from 'node:crypto'
 import type { FastifyError, FastifyReply, FastifyRequest } from 'fastify'
@@ -17,7 +17,24 @@ declare module 'fastify' {
     /** Logs an error that is a bug of the relay. */
     logUnhandledError: (error: Error) => void
   }
+  interface FastifyContextConfig {
+    /**
+     * Set for a route that Mixpanel's SDKs call: its errors have the form that they read, a GET has effects, and a body
+     * may be gzipped.
+     */
+    sdk?: { answerProblem: AnswerProblem }
+  }
 }
+
+/** Sends a problem in another form. */
+export type AnswerProblem = (reply: FastifyReply, code: ProblemCode, extras: ProblemOptions) => FastifyReply
+
+/** The start of a request that could not be read: its target, and the page that sent it. */
+export interface RequestHead { url: string, origin: string | undefined }
+
+/** Returns the body and the headers for such a request; undefined if a problem is the right answer. */
+export type AnswerHead = (head: RequestHead, detail: string) => HeadAnswer | undefined
+interface HeadAnswer { body: string, headers: Record<string, string> }
 
 /** Returns the part of a pointer that the log may have: other names are the caller's, and might be a secret. */
 function knownPart (pointer: string): string {
@@ -30,7 +47,8 @@ export const problems = fp<{ logger: Logger }>(async (app, { logger }) => {
     const pointers = extras.errors && [...new Set(extras.errors.map(({ pointer }) => knownPart(pointer)))]
     this.logLine.details = { ...this.logLine.details, code, ...pointers && { pointers } }
     if (extras.retryAfter !== undefined) this.header('retry-after', extras.retryAfter)
-    return send(this, code, extras)
+    const { sdk } = this.request.route.config
+    return sdk === undefined ? send(this, code, extras) : sdk.answerProblem(this, code, extras)
   })
   app.decorateReply('logUnhandledError', function (error) {
     logger.error({ err: error, request_id: this.request.id }, 'unhandled error')
@@ -71,25 +89,41 @@ export const handleFrameworkError = (logger: Logger, metrics: Metrics) =>
   }
 
 /** Returns the handler for bytes that are not a request, or too slow. It sends a problem and closes the connection. */
-export const handleClientError = (logger: Logger, { refuseBytes }: Connections, metrics: Metrics) =>
-  (error: NodeJS.ErrnoException, socket: Socket): void => {
-    if (error.code === 'ECONNRESET') socket.destroy()
-    else refuseBytes(socket, () => clientErrorAnswer(logger, error, metrics))
-  }
+export const handleClientError = (
+  logger: Logger, { refuseBytes }: Connections, metrics: Metrics, answerHead: AnswerHead = () => undefined
+) => (error: ClientError, socket: Socket): void => {
+  if (error.code === 'ECONNRESET') socket.destroy()
+  else refuseBytes(socket, request => clientErrorAnswer(logger, error, metrics, answerHead, headOf(request, error)))
+}
 
-function clientErrorAnswer (logger: Logger, { code: cause }: NodeJS.ErrnoException, metrics: Metrics): string {
+type ClientError = NodeJS.ErrnoException & { rawPacket?: unknown }
+
+/** Returns the start of the request whose body was too slow, or of the bytes that are no request. */
+function headOf (request: IncomingMessage | undefined, { rawPacket }: ClientError): RequestHead | undefined {
+  if (request !== undefined) return { url: String(request.url), origin: request.headers.origin }
+  const text = Buffer.isBuffer(rawPacket) ? rawPacket.toString('latin1') : ''
+  const url = /^[A-Z]+ (\/\S*)/.exec(text)?.[1]
+  return url === undefined ? undefined : { url, origin: /\r\norigin: *([^\r\n]+)/i.exec(text)?.[1] }
+}
+
+function clientErrorAnswer (
+  logger: Logger, { code: cause }: ClientError, metrics: Metrics, answerHead: AnswerHead, head: RequestHead | undefined
+): string {
   const status = { ERR_HTTP_REQUEST_TIMEOUT: 408, HPE_HEADER_OVERFLOW: 431 }[String(cause)] ?? 400
   const title = STATUS_CODES[status]
   const id = randomUUID()
   const detail = `The request could not be read: ${title}.`
-  const body = JSON.stringify(problemBody('invalid_request', id, { detail, errors: [{ pointer: '', detail }], status }))
+  const { body, headers: own } = (head && answerHead(head, detail)) ?? {
+    body: JSON.stringify(problemBody('invalid_request', id, { detail, errors: [{ pointer: '', detail }], status })),
+    headers: { 'content-type': 'application/problem+json' }
+  }
   metrics.request('none', undefined, status, 0)
   logger.info({ status, code: 'invalid_request', cause, request_id: id }, 'request completed')
   const headers = {
     ...SECURITY_HEADERS,
     connection: 'close',
     'x-request-id': id,
-    'content-type': 'application/problem+json',
+    ...own,
     'content-length': Buffer.byteLength(body)
   }
   const lines = Object.entries(headers).map(([name, value]) => `${name}: ${value}\r\n`)

@@ -23,6 +23,9 @@ export interface Details {
   pointers?: string[]
   /** The trace of the caller's `traceparent` (W3C Trace Context). */
   trace_id?: string
+  /** Of an SDK's request: how many events it has, and how many of them a rule or Mixpanel refused. */
+  events?: number
+  refused?: number
   identities?: number
   queued?: number
   failed?: number

@@ -39,7 +39,8 @@ export const shutdown = fp<{ relay: Relay }>(async (app, { relay }) => {
   })
   app.addHook('onClose', async () => clearInterval(timer))
   app.addHook('onRequest', (request, reply, done) => {
-    if (state === 'closing' && request.method === 'POST') return reply.problem('draining', { retryAfter: 1 })
+    const hasEffect = request.method === 'POST' || request.route.config.sdk !== undefined
+    if (state === 'closing' && hasEffect) return reply.problem('draining', { retryAfter: 1 })
     done()
   })
 })

@@ -14,7 +14,7 @@ import { checkUtf8, outline, parseJson } from '../json.ts'
 import {
   MAX_ERRORS, Problem, problemBody, problemResponses, type ProblemCode, type ProblemOptions
 } from '../problem.ts'
-import { asFieldErrors, fieldErrors } from '../validation.ts'
+import { asFieldErrors, checkIdentity, fieldErrors } from '../validation.ts'
 import {
   answerQueued, toProblem, BODY_TYPES, identityRoute, Headers, prefersAsync, SECURITY, TOO_LONG
 } from './responses.ts'
@@ -200,8 +200,7 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
     if (typeof identity !== 'object' || identity === null || Array.isArray(identity)) return NOT_AN_OBJECT
     const surplus = checkSize(identity)
     if (surplus.length > 0) return surplus
-    const validate = request.compileValidationSchema(rules.schema)
-    const errors = [...validate(identity) ? [] : asFieldErrors(validate.errors), ...rules.check(identity)]
+    const errors = checkIdentity(request, rules, identity)
     if (errors.length > 0) return errors
     const event = relay.toEvent(identity as Identity)
     return isTooLarge(event) ? [TOO_LONG] : event
