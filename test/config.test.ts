@@ -147,6 +147,6 @@ t.test('docs/configuration.md and .env.example name every variable and its defau
   }
   for (const name of SECRETS) t.match(page, `\`${name}\` ⚿`)
   const usual = rows(readFileSync('README.md', 'utf8'))
-  t.equal(usual.length, 8)
+  t.equal(usual.length, 9)
   for (const [name, value] of usual) t.equal(value, Object.fromEntries(documented)[name!], `${name} in README.md`)
 })

@@ -4,7 +4,8 @@ import { createInFlight } from './in-flight.ts'
 interface Line {
   owner: string | undefined
   running: number
-  queue: { owner: string | undefined, start: () => void }[]
+  /** Most keys have none. */
+  queue?: { owner: string | undefined, start: () => void }[]
 }
 
 /**
@@ -18,9 +19,9 @@ export function createKeyedMutex () {
   async function run<Result> (key: string, task: () => Promise<Result>, owner?: string): Promise<Result> {
     inFlight.begin()
     const line = lines.get(key)
-    if (line === undefined) lines.set(key, { owner, running: 1, queue: [] })
-    else if (isShared(line, owner) && line.queue.length === 0) line.running++
-    else await new Promise<void>(resolve => line.queue.push({ owner, start: resolve }))
+    if (line === undefined) lines.set(key, { owner, running: 1 })
+    else if (isShared(line, owner) && !line.queue?.length) line.running++
+    else await new Promise<void>(resolve => (line.queue ??= []).push({ owner, start: resolve }))
     try {
       return await task()
     } finally {
@@ -34,23 +35,23 @@ export function createKeyedMutex () {
   function release (key: string): void {
     const line = lines.get(key) as Line
     if (--line.running > 0) return
-    const [next] = line.queue
+    let next = line.queue?.shift()
     if (next === undefined) {
       lines.delete(key)
       return
     }
     line.owner = next.owner
-    do {
+    for (; next !== undefined; next = isShared(line, line.queue?.[0]?.owner) ? line.queue?.shift() : undefined) {
       line.running++
-      line.queue.shift()?.start()
-    } while (line.queue[0] !== undefined && isShared(line, line.queue[0].owner))
+      next.start()
+    }
   }
 
   return {
     /** Resolves with the result of `task`, which starts after the earlier tasks with the same key. */
     run,
     /** Returns how many tasks of a key wait for the one that runs. */
-    queued: (key: string) => lines.get(key)?.queue.length ?? 0,
+    queued: (key: string) => lines.get(key)?.queue?.length ?? 0,
     inFlight: inFlight.count,
     /** Resolves when every task has its result. */
     idle: inFlight.idle

@@ -113,5 +113,5 @@ function pending ({ event, properties }: MergingEvent, json = JSON.stringify({ e
   const [userId, anonKey] = '$device_id' in properties
     ? [properties.$user_id, properties.$device_id] as [string, string]
     : [properties.$identified_id, deviceKey(properties.$anon_id)] as [string, string]
-  return frozen(json, { userId, anonKey, insertId, time })
+  return frozen(json, userId, anonKey, insertId, time)
 }

@@ -25,13 +25,18 @@ export interface PendingEvent {
 /** An event of this many bytes is held in a buffer. */
 const LARGE_BYTES = 8192
 
-/** Returns a pending event with these facts. */
-export function frozen<Facts extends Omit<PendingEvent, 'json' | 'bytes'>> (
-  json: string, facts: Facts
-): Facts & Pick<PendingEvent, 'json' | 'bytes'> {
+/** Returns a pending event with these facts. A literal is cheaper than a spread: each identity makes one. */
+export function frozen<Key extends string | undefined> (
+  json: string, userId: string, anonKey: Key, insertId: string, time: number, tokenAt?: readonly number[]
+): PendingEvent & { readonly anonKey: Key } {
   const bytes = Buffer.byteLength(json)
-  if (bytes === json.length && bytes < LARGE_BYTES) return Object.freeze({ json, bytes, ...facts })
+  const sdk = tokenAt && { tokenAt }
+  if (bytes === json.length && bytes < LARGE_BYTES) {
+    return Object.freeze(sdk === undefined
+      ? { json, bytes, userId, anonKey, insertId, time }
+      : { json, bytes, userId, anonKey, insertId, time, ...sdk })
+  }
   // V8 does not move bytes outside its heap. A string with any character beyond Latin-1 has two bytes per character.
   const utf8 = Buffer.from(json)
-  return Object.freeze({ get json () { return utf8.toString() }, bytes, ...facts })
+  return Object.freeze({ get json () { return utf8.toString() }, bytes, userId, anonKey, insertId, time, ...sdk })
 }

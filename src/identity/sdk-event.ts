@@ -91,13 +91,8 @@ function pendingSdkEvent (
   const merge = kind && mergeOf(event, { MIXPANEL_ID_MERGE: mode })
   const ids = (merge?.identity ?? {}) as { identified_id?: string, anon_id?: string }
   const anonKey = ids.anon_id && (kind === 'association' ? withoutPrefix(ids.anon_id) : deviceKey(ids.anon_id))
-  return frozen(json, {
-    userId: ids.identified_id ?? [user, distinct].find(id => typeof id === 'string') as string | undefined ?? '',
-    anonKey,
-    insertId: typeof insertId === 'string' ? insertId : '',
-    time: Math.floor(seconds),
-    tokenAt
-  })
+  const userId = ids.identified_id ?? [user, distinct].find(id => typeof id === 'string') as string | undefined ?? ''
+  return frozen(json, userId, anonKey, typeof insertId === 'string' ? insertId : '', Math.floor(seconds), tokenAt)
 }
 
 /** Returns the event of an SDK that was stored as `json`. */

@@ -98,13 +98,20 @@ export function createRelay (
     return verdict
   }
 
-  /** Sends an event within `wait` ms, after the earlier ones with its anonymous id and another `owner`. */
+  /**
+   * Sends an event that arrived at a time (in seconds) within `wait` ms, after the earlier ones with its anonymous id
+   * and another `owner`.
+   */
   async function relayEvent (
-    event: PendingEvent, wait: number, options: IdentifyOptions, owner?: string
+    event: PendingEvent, arrived: number, wait: number, options: IdentifyOptions, owner?: string
   ): Promise<Verdict> {
     const { anonKey } = event
     const { isStrict = false, failures } = options
     if (inFlight() >= config.MAX_IN_FLIGHT) return OVERLOADED
+    if (arrived < EARLIEST_TIME) {
+      logWrongClock({ time: arrived })
+      return CLOCK_IS_WRONG
+    }
     const now = performance.now()
     const item = { event, isStrict, deadline: now + wait, halfway: now + wait / 2, attempts: 0 }
     if (anonKey === undefined) {
@@ -117,28 +124,20 @@ export function createRelay (
       : identifyInBatch(item, anonKey, options, failures), owner)
   }
 
-  /** Returns the verdict of a relay whose clock is wrong: the time of its events would be. In seconds. */
-  function checkClock (time: number): Verdict | undefined {
-    if (time >= EARLIEST_TIME) return undefined
-    logWrongClock({ time })
-    return CLOCK_IS_WRONG
-  }
-
   return {
     /**
      * Resolves with the verdict within DEADLINE_MS; rejects only on a bug. With MAX_IN_FLIGHT identities in flight the
      * verdict is `overloaded`, at once. A caller that disconnects changes nothing: the event is sent or stored.
      */
-    identify: async (event: PendingEvent, options: IdentifyOptions = {}): Promise<Verdict> =>
-      checkClock(event.time) ?? relayEvent(event, config.DEADLINE_MS, options),
+    identify: (event: PendingEvent, options: IdentifyOptions = {}): Promise<Verdict> =>
+      relayEvent(event, event.time, config.DEADLINE_MS, options),
 
     /**
      * The same for an event of an SDK, within `waitMs` or less. Events that merge one pair of ids do not wait for each
      * other, and events that do not merge wait for none.
      */
-    track: async (event: PendingEvent, waitMs: number, options: IdentifyOptions): Promise<Verdict> =>
-      checkClock(Date.now() / 1000) ??
-        relayEvent(event, Math.min(longestWait, waitMs), options, event.userId),
+    track: (event: PendingEvent, waitMs: number, options: IdentifyOptions): Promise<Verdict> =>
+      relayEvent(event, Date.now() / 1000, Math.min(longestWait, waitMs), options, event.userId),
 
     /** Returns true if `count` more events may be in flight. */
     hasRoom: (count: number) => inFlight() + count <= config.MAX_IN_FLIGHT,
