@@ -94,6 +94,18 @@ t.test('the keyed mutex runs one task of a key at a time, and an exception reach
   t.same(log, ['a begins', 'z begins', 'z ends', 'a ends', 'b begins', 'b ends', 'c begins', 'c ends', 'd begins', 'd ends', 'e begins', 'e ends'])
 })
 
+t.test('tasks of one owner run together, unless another owner waits before them', async t => {
+  const mutex = createKeyedMutex()
+  const log: string[] = []
+  const run = (owner: string, name: string) => mutex.run('x', async () => {
+    log.push(`${name} begins`)
+    await sleep(20)
+    log.push(`${name} ends`)
+  }, owner)
+  await Promise.all([run('a', '1'), run('a', '2'), run('b', '3'), run('a', '4'), run('a', '5')])
+  t.same(log, ['1 begins', '2 begins', '1 ends', '2 ends', '3 begins', '3 ends', '4 begins', '5 begins', '4 ends', '5 ends'])
+})
+
 t.test('createSlices bounds the time that long tasks together take from the event loop', async t => {
   const slice = createSlices(5)
   let turns = 0

@@ -52,6 +52,13 @@ t.test('what Mixpanel refused is given back, what it may have is not', async t =
   t.equal(await code(guard, event('b')), 'accepted')
 })
 
+t.test('an event that does not merge is none of the guard\'s business', async t => {
+  const guard = guardOf({ MAX_ANON_PER_USER: 1 })
+  const { anonKey, ...ordinary } = event('a')
+  t.type(anonKey, 'string')
+  for (let count = 0; count < 3; count++) t.equal(await code(guard, ordinary as ReturnType<typeof event>), 'accepted')
+})
+
 t.test('each bound holds alone', async t => {
   const anon = randomUUID()
   const users = guardOf({ MAX_USERS_PER_ANON: 1 })

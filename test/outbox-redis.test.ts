@@ -17,6 +17,20 @@ t.test('the Redis outbox keeps the promises of an outbox', needsRedis, async t =
   await testPromises(t, (maxEntries = MAX_ENTRIES) => openRedis(redis, PROJECT, silent, { leaseMs: 500, maxEntries }))
 })
 
+t.test('an event without an anonymous id can become a dead letter', needsRedis, async t => {
+  const server = await startRedis(t)
+  const redis = await connectRedis(server.url, silent)
+  t.teardown(() => redis.disconnect())
+  const outbox = await openRedis(redis, PROJECT, silent, { leaseMs: 500, maxEntries: MAX_ENTRIES })
+  const { json, bytes, insertId, time } = event()
+  const ordinary = { json, bytes, insertId, time } as unknown as ReturnType<typeof event>
+  t.equal(await outbox.put(ordinary), 'stored')
+  const [entry] = await outbox.next(1)
+  await outbox.deadLetter([{ entry: { ...entry!, event: ordinary }, reason: 'why' }])
+  t.match(outbox.counts(), { waiting: 0, dead: 1 })
+  await outbox.close()
+})
+
 t.test('one relay at a time delivers; another takes over when it has closed or is silent for too long', needsRedis, async t => {
   const server = await startRedis(t)
   const redis = await connectRedis(server.url, silent)

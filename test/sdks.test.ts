@@ -613,9 +613,14 @@ t.test('the merge guard counts the events of SDKs too, and none that does not me
 t.test('claims on one anonymous id keep their order, equal pairs share an array, and other events overtake both', async t => {
   const relay = await start(t, { MIXPANEL_ID_MERGE: 'simplified' }, { sandbox: { mode: 'simplified' } })
   const of = (user: string) => event({ $user_id: user, $device_id: UUID, $insert_id: randomUUID() })
-  relay.sandbox.faults.add({ name: 'wait', ms: 200 })
-  const pending = [track(relay, Array.from({ length: 50 }, () => of('first'))), track(relay, of('second')), track(relay, [of('third'), of('third')]), track(relay, of('first'))]
-  await sleep(50)
+  relay.sandbox.faults.add({ name: 'wait', ms: 1500 })
+  const pending = [track(relay, Array.from({ length: 50 }, () => of('first')))]
+  // A long request is read in slices, and others may overtake it until it is read.
+  while (relay.sandbox.requests.length === 0) await sleep(5)
+  for (const events of [of('second'), [of('third'), of('third')], of('first')]) {
+    pending.push(track(relay, events))
+    await sleep(5)
+  }
   t.match((await track(relay, Array.from({ length: 300 }, () => event()))).json(), { status: 1, error: null })
   t.equal(relay.sandbox.requests.length, 7, 'fifty events of one device are one request, and 300 others six more')
   for (const answer of await Promise.all(pending)) t.equal(answer.json().error, null)
