@@ -73,9 +73,8 @@ export async function serve (
   const closeAdminSocket = directory === undefined || outbox === undefined
     ? undefined
     : await serveAdminSocket(directory, args => {
-      const [action = ''] = args
-      // An erasure names a user.
-      if (CHANGES.includes(action)) logger.warn({ action }, 'outbox command')
+      // Without its operands: an erasure names a user.
+      if (CHANGES.includes(String(args[0]))) logger.warn({ action: args[0] }, 'outbox command')
       return runAdminCommand(outbox, config, args, metrics)
     })
       .catch(({ message: cause }) =>
