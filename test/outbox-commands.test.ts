@@ -95,7 +95,7 @@ t.test('pause stops delivery, over restarts, and identities are queued until res
     t.equal(await exit, 0, output())
     return output()
   }
-  let server = await startServer(t, sandbox.url, env)
+  let server = await startServer(t, sandbox.url, env, { isCovered: true })
   t.match(await run('pause'), /^Delivery is paused/)
   await server.until(/"level":40.*"action":"pause","msg":"outbox command"/)
   t.equal((await server.post()).status, 202)
