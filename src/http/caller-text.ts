@@ -3,8 +3,10 @@ import { secretsOf, type Config } from '../config.ts'
 /** The most characters of a caller's text in one field of the log. */
 const MAX_LENGTH = 100
 
-/** What may be a credential, a UUID or an address for mail. A word without digits is none of these. */
-const OPAQUE = /(?=[\w.~-]*\d)[\w.~-]{24,}|eyJ[\w.-]{6,}|[^\s/@]+(?:@|%40)[^\s/@]+/gi
+/** The words of a text, and its segments. Each expression passes over the text once: a caller may send 32 KB. */
+const WORDS = /[\w.~-]{24,}/g
+const TOKENS = /eyJ[\w.-]{6,}/gi
+const SEGMENTS = /[^\s/]+/g
 
 export type CallerText = ReturnType<typeof createCallerText>
 
@@ -23,7 +25,9 @@ export function createCallerText (config: Config) {
     use,
     /** Returns at most 100 characters of `text`, with secrets and whatever may be one replaced by `***`. */
     forLog: (text: string) => secrets.reduce((masked, secret) => masked.replaceAll(secret, '***'), text)
-      .replaceAll(OPAQUE, '***').slice(0, MAX_LENGTH)
+      // A credential, a UUID or an address for mail. A word without digits is none of these.
+      .replaceAll(WORDS, word => /\d/.test(word) ? '***' : word).replaceAll(TOKENS, '***')
+      .replaceAll(SEGMENTS, segment => /@|%40/.test(segment) ? '***' : segment).slice(0, MAX_LENGTH)
   }
 }
 
