@@ -5,7 +5,9 @@ import { Writable } from 'node:stream'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
 import { createDestination, createLog, fileSink, streamSink, throttled, type Sink } from '#src/log.js'
-import { identity, listen, startRelay, temporary } from './helper.ts'
+import { readConfig } from '#src/config.js'
+import { createCallerText } from '#src/http/caller-text.js'
+import { identity, listen, startRelay, temporary, TOKEN } from './helper.ts'
 
 /** A sink that a test stalls and breaks. */
 function createSink () {
@@ -212,4 +214,20 @@ t.test('throttled logs at once, then at most once in its interval, with the numb
   await sleep(80)
   warn({ cause: 'd' })
   t.same(logged.slice(2), [{ cause: 'd', count: 1, message: 'a fault' }])
+})
+
+t.test('a text of a caller is masked and cut, in a time that grows as its length', async t => {
+  const { forLog } = createCallerText(readConfig({ MIXPANEL_TOKEN: TOKEN, API_KEYS: 'web:a-key-of-words-alone' }, () => ''))
+  t.equal(forLog(`/nope/5f0c8a1e-6a0b-4d53-9d3c-0a1f6f2b7c11/me@x.com/you%40x.com/${TOKEN}/a-key-of-words-alone/eyJhbGciOi`), '/nope/***/***/***/***/***/***')
+  t.equal(forLog(`/${'a'.repeat(300)}`), `/${'a'.repeat(99)}`)
+  const fastest = (length: number, part: string) => Math.min(...Array.from({ length: 5 }, () => {
+    const text = part.repeat(length)
+    const since = performance.now()
+    forLog(text)
+    return performance.now() - since
+  }))
+  for (const part of ['a', 'a1', 'a@', 'eyJ', '%4']) {
+    const [short, long] = [fastest(4000, part), fastest(64_000, part)]
+    t.ok(long < 100 * Math.max(short, 0.02), `${part}: 16 times the length takes ${(long / short).toFixed(0)} times as long, not 256 times`)
+  }
 })
