@@ -64,7 +64,7 @@ export function createLog (level: string, destination: { write: (line: string) =
 }
 
 /** The shortest time between two log lines about one fault that many requests meet. */
-export const LOG_INTERVAL_MS = 60_000
+const LOG_INTERVAL_MS = 60_000
 
 /**
  * Returns a function that logs `message` at once when it is first called. Calls in the `ms` after a line share the next

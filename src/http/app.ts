@@ -20,6 +20,7 @@ import { rateLimits } from './plugins/rate-limit.ts'
 import { requestId, requestLog } from './plugins/request-log.ts'
 import { securityHeaders } from './plugins/security-headers.ts'
 import { shutdown } from './plugins/shutdown.ts'
+import { isSdkPath } from './sdk-paths.ts'
 import { batch } from './routes/batch.ts'
 import { docs } from './routes/docs.ts'
 import { health } from './routes/health.ts'
@@ -28,8 +29,6 @@ import { identify } from './routes/identify.ts'
 /** Time in one turn of the event loop for all large bodies together. */
 const SLICE_MS = 5
 
-/** The paths of Mixpanel's SDKs. */
-const SDK_PATH = /^\/(?:track|engage|groups|import|flags|settings|record)(?:\/|$)/
 const NO_COMPAT = 'This relay does not take the place of api.mixpanel.com. Identities go to POST /identify; ' +
   'with COMPAT=events it serves the SDKs of Mixpanel.'
 
@@ -114,7 +113,7 @@ export async function buildApp (config: Config, dependencies: Dependencies) {
     const allowed = methods.get(path.replace(/(?<=.)\/$/, ''))
     if (allowed !== undefined) return reply.header('allow', allowed.join(', ')).problem('method_not_allowed')
     reply.logLine.details = { ...reply.logLine.details, path: callerText.forLog(path) }
-    return reply.problem('not_found', { detail: SDK_PATH.test(path) ? NO_COMPAT : undefined })
+    return reply.problem('not_found', { detail: isSdkPath(path) ? NO_COMPAT : undefined })
   })
   // Nearly every response is a constant or a problem, so compiled serializers would only lengthen the start.
   app.setSerializerCompiler(() => data => JSON.stringify(data))

@@ -1,6 +1,7 @@
 import type { FastifyReply } from 'fastify'
 import { PROBLEMS, type ProblemCode } from '../problem.ts'
 import type { AnswerHead, AnswerProblem } from '../plugins/problems.ts'
+import { isSdkPath } from '../sdk-paths.ts'
 import { queryOf, readForm, type Parameters } from './form.ts'
 
 declare module 'fastify' {
@@ -97,12 +98,10 @@ export const withQuery = (reply: FastifyReply, body: Parameters): Parameters =>
 
 /** Returns the answer to a request of an SDK that could not be read. Pages of `origins` can read it. */
 export const createAnswerHead = (origins: string[]): AnswerHead => ({ url, origin }, detail) => {
-  if (!COMPAT_PATH.test(url)) return undefined
+  if (!isSdkPath(url.split('?')[0] as string)) return undefined
   const { type, body } = bodyOf(readForm(queryOf(url)), false, detail)
   const cors: Record<string, string> = origin !== undefined && origins.includes(origin)
     ? { 'access-control-allow-origin': origin, 'access-control-allow-credentials': 'true', vary: 'Origin' }
     : {}
   return { body, headers: { ...cors, 'cache-control': 'no-store', 'content-type': type } }
 }
-
-const COMPAT_PATH = /^\/(?:track|engage|groups|import|flags|settings|record)(?=[/?]|$)/
