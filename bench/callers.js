@@ -2,19 +2,21 @@
 import { randomUUID } from 'node:crypto'
 import { connect } from 'node:net'
 
+/** Returns the bytes of a request for a user. */
+export function requestOf (user, credentialOf) {
+  const body = JSON.stringify({ identified_id: user, anon_id: randomUUID() })
+  const credential = credentialOf === undefined ? '' : `authorization: Bearer ${credentialOf(user)}\r\n`
+  return Buffer.from('POST /identify HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n' +
+    `${credential}content-length: ${body.length}\r\n\r\n${body}`)
+}
+
 /**
  * Opens them and resolves with { sockets, send }. Every `send(socket)` posts the next of `distinct` identities;
  * `onAnswer(socket, status)` gets every answer, `onError` a connection that fails or closes. `credentialOf(user)`
  * returns what a request carries as Bearer.
  */
 export async function openCallers ({ port, connections, distinct = 20_000, credentialOf, onAnswer, onError }) {
-  const requests = Array.from({ length: distinct }, (_, index) => {
-    const user = `user-${index}@example.com`
-    const body = JSON.stringify({ identified_id: user, anon_id: randomUUID() })
-    const credential = credentialOf === undefined ? '' : `authorization: Bearer ${credentialOf(user)}\r\n`
-    return Buffer.from('POST /identify HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n' +
-      `${credential}content-length: ${body.length}\r\n\r\n${body}`)
-  })
+  const requests = Array.from({ length: distinct }, (_, index) => requestOf(`user-${index}@example.com`, credentialOf))
   let sent = 0
 
   const sockets = await Promise.all(Array.from({ length: connections }, () => new Promise((resolve, reject) => {

@@ -72,6 +72,16 @@ t.test('the semaphore runs so many tasks at a time, in order, and a failure ends
   t.same([begun, most, running()], [[0, 1, 2, 3, 4, 5], 2, 0])
 })
 
+/** Runs a task in its turn. */
+async function run<Result> (mutex: ReturnType<typeof createKeyedMutex>, key: string, task: () => Promise<Result>, owner?: string): Promise<Result> {
+  await mutex.enter(key, owner)
+  try {
+    return await task()
+  } finally {
+    mutex.leave(key)
+  }
+}
+
 t.test('the keyed mutex runs one task of a key at a time, and an exception reaches only its own caller', async t => {
   const mutex = createKeyedMutex()
   await mutex.idle()
@@ -83,9 +93,9 @@ t.test('the keyed mutex runs one task of a key at a time, and an exception reach
     if (result === 'bug') throw new Error('a bug')
     return result
   }
-  const bug = mutex.run('x', work('a', 'bug'))
-  const rest = [mutex.run('x', work('b', 'no')), mutex.run('x', work('c', 'taken')), mutex.run('x', work('d', 'no')), mutex.run('x', work('e', 'no'))]
-  const other = mutex.run('y', work('z', 'no', 1))
+  const bug = run(mutex, 'x', work('a', 'bug'))
+  const rest = [run(mutex, 'x', work('b', 'no')), run(mutex, 'x', work('c', 'taken')), run(mutex, 'x', work('d', 'no')), run(mutex, 'x', work('e', 'no'))]
+  const other = run(mutex, 'y', work('z', 'no', 1))
   t.equal(mutex.inFlight(), 6)
   t.same([mutex.queued('x'), mutex.queued('y'), mutex.queued('z')], [4, 0, 0])
   await t.rejects(bug, { message: 'a bug' })
@@ -97,12 +107,12 @@ t.test('the keyed mutex runs one task of a key at a time, and an exception reach
 t.test('tasks of one owner run together, unless another owner waits before them', async t => {
   const mutex = createKeyedMutex()
   const log: string[] = []
-  const run = (owner: string, name: string) => mutex.run('x', async () => {
+  const work = (owner: string, name: string) => run(mutex, 'x', async () => {
     log.push(`${name} begins`)
     await sleep(20)
     log.push(`${name} ends`)
   }, owner)
-  await Promise.all([run('a', '1'), run('a', '2'), run('b', '3'), run('a', '4'), run('a', '5')])
+  await Promise.all([work('a', '1'), work('a', '2'), work('b', '3'), work('a', '4'), work('a', '5')])
   t.same(log, ['1 begins', '2 begins', '1 ends', '2 ends', '3 begins', '3 ends', '4 begins', '5 begins', '4 ends', '5 ends'])
 })
 

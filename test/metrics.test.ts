@@ -332,7 +332,7 @@ t.test('what is away is on /readyz?verbose, whatever uses it', async t => {
   t.match(relay.relay.state().outbox, { rejecting_since: String })
   relay.outbox.outage = () => ({ part: 'disk', since: new Date(0) })
   relay.outbox.put = async () => 'unknown'
-  relay.outbox.has = async () => 'unknown'
+  relay.outbox.has = () => 'unknown'
   t.match(relay.relay.state().outbox, { unavailable_since: '1970-01-01T00:00:00.000Z', waits_for: 'disk' })
   for (const headers of [away, {}]) {
     t.match((await relay.post(identity(), { headers })).json(), { status: 503, detail: /The outbox waits for its disk since 1970-01-01T00:00:00\.000Z\.$/ })

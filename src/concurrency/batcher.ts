@@ -45,6 +45,11 @@ export function createBatcher<Item, Result> ({
   maxSends = Infinity, late, isAlone = () => false
 }: BatcherOptions<Item, Result>) {
   const queue: Entry<Item, Result>[] = []
+  /**
+   * An array, because a Set that changes all the time is copied again and again. Each old copy keeps the batches that it
+   * held, with all their requests, until a major garbage collection: 1 KB of each identity.
+   */
+  const underWay: Entry<Item, Result>[][] = []
   const items = createInFlight()
   let queuedBytes = 0
   let sentBytes = 0
@@ -94,12 +99,14 @@ export function createBatcher<Item, Result> ({
     const bytes = sizeOf(batch)
     sends++
     sentBytes += bytes
+    underWay.push(batch)
     try {
       const results = await send(batch.map(({ item }) => item))
       batch.forEach(({ resolve }, index) => resolve(results[index] as Result))
     } catch (error) {
       for (const { reject } of batch) reject(error)
     }
+    underWay.splice(underWay.indexOf(batch), 1)
     sends--
     sentBytes -= bytes
     items.end(batch.length)
@@ -136,6 +143,10 @@ export function createBatcher<Item, Result> ({
         if (mayLeave()) schedule()
         else scheduleExpiry()
       })
+    },
+    /** Gives `result` to every caller that waits. Its item is sent all the same, and the result of that is dropped. */
+    abandon (result: Result): void {
+      for (const batch of [...underWay, queue]) for (const { resolve } of batch) resolve(result)
     },
     /** Resolves when every item has its result. */
     idle: items.idle

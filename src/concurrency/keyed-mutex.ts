@@ -16,44 +16,43 @@ export function createKeyedMutex () {
   const lines = new Map<string, Line>()
   const inFlight = createInFlight()
 
-  async function run<Result> (key: string, task: () => Promise<Result>, owner?: string): Promise<Result> {
-    inFlight.begin()
-    const line = lines.get(key)
-    if (line === undefined) lines.set(key, { owner, running: 1 })
-    else if (isShared(line, owner) && !line.queue?.length) line.running++
-    else await new Promise<void>(resolve => (line.queue ??= []).push({ owner, start: resolve }))
-    try {
-      return await task()
-    } finally {
-      release(key)
-      inFlight.end()
-    }
-  }
-
   const isShared = (line: Line, owner: string | undefined) => owner !== undefined && line.owner === owner
 
-  function release (key: string): void {
-    const line = lines.get(key) as Line
-    if (--line.running > 0) return
-    let next = line.queue?.shift()
-    if (next === undefined) {
-      lines.delete(key)
-      return
-    }
-    line.owner = next.owner
-    for (; next !== undefined; next = isShared(line, line.queue?.[0]?.owner) ? line.queue?.shift() : undefined) {
-      line.running++
-      next.start()
-    }
-  }
-
   return {
-    /** Resolves with the result of `task`, which starts after the earlier tasks with the same key. */
-    run,
+    /**
+     * Begins a task, which `leave` must end, whatever happens. Returns undefined if it may run at once, as nearly all
+     * may; otherwise a promise that resolves after the earlier tasks with this key.
+     */
+    enter (key: string, owner?: string): Promise<void> | undefined {
+      inFlight.begin()
+      const line = lines.get(key)
+      if (line === undefined) lines.set(key, { owner, running: 1 })
+      else if (isShared(line, owner) && !line.queue?.length) line.running++
+      else return new Promise<void>(resolve => { (line.queue ??= []).push({ owner, start: resolve }) })
+      return undefined
+    },
+
+    /** Ends a task, and starts those that may follow it. */
+    leave (key: string): void {
+      inFlight.end()
+      const line = lines.get(key) as Line
+      if (--line.running > 0) return
+      let next = line.queue?.shift()
+      if (next === undefined) {
+        lines.delete(key)
+        return
+      }
+      line.owner = next.owner
+      for (; next !== undefined; next = isShared(line, line.queue?.[0]?.owner) ? line.queue?.shift() : undefined) {
+        line.running++
+        next.start()
+      }
+    },
+
     /** Returns how many tasks of a key wait for the one that runs. */
     queued: (key: string) => lines.get(key)?.queue?.length ?? 0,
     inFlight: inFlight.count,
-    /** Resolves when every task has its result. */
+    /** Resolves when every task has ended. */
     idle: inFlight.idle
   }
 }

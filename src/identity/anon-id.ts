@@ -55,7 +55,7 @@ export function anonIdSchema ({ MIXPANEL_ID_MERGE: mode, ANON_ID_FORMAT: format 
 export function checkAnonId (anon: string, { MIXPANEL_ID_MERGE: mode, ANON_ID_FORMAT: format }: Settings): string[] {
   const id = withoutPrefix(anon)
   if (mode === 'original' && format === 'uuid-v4') {
-    const isOfOlderSdk = FIVE_GROUPS_ID.test(id) && !UUID_V4_ID.test(id)
+    const isOfOlderSdk = !UUID_V4_ID.test(id) && FIVE_GROUPS_ID.test(id)
     return isOfOlderSdk ? ['ids of older Mixpanel SDKs need ANON_ID_FORMAT=sdk'] : []
   }
   const errors: string[] = []

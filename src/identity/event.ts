@@ -28,8 +28,8 @@ export function createToEvent (
 
 /** Returns the `$identify` event of an identity, which merges in projects with Original ID Merge. */
 export function identifyEvent (identity: Identity, now: number): PendingIdentity {
-  const { identified_id: identified, anon_id: anon } = identity
-  return mergingEvent('$identify', { $identified_id: identified, $anon_id: anon }, anon, identity, now)
+  const { anon_id: anon } = identity
+  return mergingEvent('"$identify"', '"$identified_id"', '"$anon_id"', anon, deviceKey(anon), identity, now)
 }
 
 /**
@@ -38,33 +38,35 @@ export function identifyEvent (identity: Identity, now: number): PendingIdentity
  */
 function ordinaryEvent (identity: Identity, now: number, name: string): PendingIdentity {
   const device = withoutPrefix(identity.anon_id)
-  return mergingEvent(name, { $user_id: identity.identified_id, $device_id: device }, device, identity, now)
-}
-
-/** Returns an event with these `ids`; `anon` is the anonymous id as Mixpanel stores it. */
-function mergingEvent (
-  event: string, ids: MergingIds, anon: string, { identified_id: identified, properties }: Identity, now: number
-): PendingIdentity {
-  return pending({
-    event,
-    properties: {
-      ...properties,
-      // Documented as optional, but without it Mixpanel has been seen to answer "distinct_id, missing or empty".
-      distinct_id: identified,
-      ...ids,
-      time: Math.floor(now / 1000),
-      $insert_id: insertIdOf(identified, anon, properties)
-    }
-  })
+  return mergingEvent(JSON.stringify(name), '"$user_id"', '"$device_id"', device, device, identity, now)
 }
 
 /**
- * Returns the `$insert_id` of an event, which depends only on the ids and the properties, so that Mixpanel recognizes a
- * repeat (docs: at most 36 bytes of [A-Za-z0-9-]). No valid id contains a line feed, so each identity has its own text.
+ * Returns an event with this name and these names of the two ids, all in JSON; `anon` is the anonymous id as Mixpanel
+ * stores it. The text is put together, because as an object it would be read once to make it and once to print it.
  */
-function insertIdOf (identified: string, anon: string, properties: Identity['properties']): string {
-  const text = properties === undefined ? '{}' : JSON.stringify(properties)
-  return hash('sha256', `${anon}\n${identified}${text === '{}' ? '' : `\n${text}`}`).slice(0, 32)
+function mergingEvent (
+  event: string, userName: string, anonName: string, anon: string, anonKey: string,
+  { identified_id: user, properties }: Identity, now: number
+): PendingIdentity {
+  const own = properties === undefined ? '' : JSON.stringify(properties).slice(1, -1)
+  const insertId = insertIdOf(user, anon, own)
+  const time = Math.floor(now / 1000)
+  const userText = JSON.stringify(user)
+  // `distinct_id` is documented as optional, but without it Mixpanel has been seen to answer "distinct_id, missing or
+  // empty".
+  const json = `{"event":${event},"properties":{${own}${own === '' ? '' : ','}"distinct_id":${userText},` +
+    `${userName}:${userText},${anonName}:${JSON.stringify(anon)},"time":${time},"$insert_id":"${insertId}"}}`
+  return frozen(json, user, anonKey, insertId, time)
+}
+
+/**
+ * Returns the `$insert_id` of an event, which depends only on the ids and the properties (JSON without its braces), so
+ * that Mixpanel recognizes a repeat (docs: at most 36 bytes of [A-Za-z0-9-]). No valid id contains a line feed, so each
+ * identity has its own text.
+ */
+function insertIdOf (user: string, anon: string, properties: string): string {
+  return hash('sha256', `${anon}\n${user}${properties === '' ? '' : `\n{${properties}}`}`).slice(0, 32)
 }
 
 /**
@@ -79,7 +81,7 @@ export function storedEvent (json: string): PendingEvent | undefined {
     const parsed = parseEvent({ json })
     // `token` is a reserved name for identities.
     if ('token' in parsed.properties) return storedSdkEvent(json, parsed)
-    const event = pending(parsed, json)
+    const event = stored(json, parsed)
     return typeof event.insertId === 'string' && Number.isFinite(event.time) ? event : undefined
   } catch {
     return undefined
@@ -108,7 +110,8 @@ export function parseEvent ({ json }: Pick<PendingEvent, 'json'>): MergingEvent 
   return JSON.parse(json)
 }
 
-function pending ({ event, properties }: MergingEvent, json = JSON.stringify({ event, properties })): PendingIdentity {
+/** Returns an identity's event that was stored as `json`. */
+function stored (json: string, { properties }: MergingEvent): PendingIdentity {
   const { $insert_id: insertId, time } = properties
   const [userId, anonKey] = '$device_id' in properties
     ? [properties.$user_id, properties.$device_id] as [string, string]

@@ -43,8 +43,11 @@ export interface Outbox {
    * hold more than `maxBytes`) or cannot write, and with `unknown` when it does not answer in time.
    */
   put: (event: PendingEvent, maxBytes?: number) => Promise<PutResult>
-  /** Resolves with whether an event with this anonKey is queued, and with `unknown` when the store cannot tell. */
-  has: (anonKey: string) => Promise<HasResult>
+  /**
+   * Returns whether an event with this anonKey is queued, and `unknown` when the store cannot tell; a promise of that
+   * where it must be asked.
+   */
+  has: (anonKey: string) => HasResult | Promise<HasResult>
   /**
    * Resolves with the oldest entries after the id `after`, in order: at most `count`, and about a megabyte. They stay
    * until `ack` or `deadLetter`. Resolves with none while delivery is paused, and while another process delivers; one

@@ -107,7 +107,7 @@ export async function connectOutbox (
   return {
     put: groups.put,
     // A put is counted before it resolves.
-    has: async anonKey => counts.waiting === 0 ? 'no' : await groups.has(anonKey),
+    has: anonKey => counts.waiting === 0 ? 'no' : groups.has(anonKey),
     async next (count, after) {
       if (counts.waiting === 0) return []
       const rows = (await call('next', count, after)).map(asRow)

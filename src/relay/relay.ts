@@ -64,7 +64,7 @@ export function createRelay (
     isAlone: item => item.isStrict
   })
   const storeAndForward = outbox &&
-    createStoreAndForward(config, { outbox, send: batcher.add, delivery, log, metrics })
+    createStoreAndForward(config, { outbox, send: batcher.add, abandon: batcher.abandon, delivery, log, metrics })
   const logWrongClock = throttled(log, 'error', 'clock before the date of this release')
   // The first user of an anonymous id keeps it for ever, so identities with one anonymous id are sent one at a time.
   const mutex = createKeyedMutex()
@@ -119,9 +119,15 @@ export function createRelay (
       return sendOrStore(item, options).finally(() => unordered.end())
     }
     if (mutex.queued(anonKey) >= MAX_QUEUED) return CROWDED
-    return mutex.run(anonKey, () => failures === undefined
-      ? sendIfPlausible(item, options)
-      : identifyInBatch(item, anonKey, options, failures), owner)
+    const turn = mutex.enter(anonKey, owner)
+    try {
+      if (turn !== undefined) await turn
+      return await (failures === undefined
+        ? sendIfPlausible(item, options)
+        : identifyInBatch(item, anonKey, options, failures))
+    } finally {
+      mutex.leave(anonKey)
+    }
   }
 
   return {

@@ -11,6 +11,8 @@ interface Dependencies {
   outbox: Outbox
   delivery: Delivery
   send: (item: RelayedEvent) => Promise<Verdict>
+  /** Resolves every `send` under way with this verdict. */
+  abandon: (verdict: Verdict) => void
   log: Log
   metrics?: Metrics
 }
@@ -49,13 +51,11 @@ type StoreReason = keyof typeof CAUSES | Outcome
  * its anonymous id follow it there.
  */
 export function createStoreAndForward (
-  config: Config, { outbox, delivery, send, log, metrics = NO_METRICS }: Dependencies
+  config: Config, { outbox, delivery, send, abandon, log, metrics = NO_METRICS }: Dependencies
 ) {
   const forwarder = createForwarder(config, outbox, delivery, log, metrics)
   const expiry = createDeadLetterExpiry(config, outbox, log, metrics)
 
-  /** One callback for each event being sent; it ends the wait for Mixpanel. */
-  const sending = new Set<() => void>()
   let isStopped = false
   let rejectedAt: Date | undefined
   let rejectingSince: Date | undefined
@@ -78,25 +78,17 @@ export function createStoreAndForward (
     return found === undefined ? '' : ` The outbox waits for its ${found.part} since ${found.since.toISOString()}.`
   }
 
-  function sendUnlessStopped (item: RelayedEvent): Promise<Verdict> {
-    return new Promise((resolve, reject) => {
-      const endWait = () => resolve({ code: 'mixpanel_timed_out', taken: 'unknown', cause: 'shutdown' })
-      if (isStopped) return resolve(NEVER_SENT)
-      sending.add(endWait)
-      send(item).then(resolve, reject).finally(() => sending.delete(endWait))
-    })
-  }
-
   async function sendOrStore (item: RelayedEvent, maxBytes: number): Promise<Verdict> {
     const { event, halfway } = item
     if (outbox.counts().paused) return store(item, 'paused', maxBytes)
     // An event without an anonymous id has no order.
-    const hasEarlier = event.anonKey === undefined ? 'no' : await outbox.has(event.anonKey)
+    const found = event.anonKey === undefined ? 'no' : outbox.has(event.anonKey)
+    const hasEarlier = typeof found === 'string' ? found : await found
     if (hasEarlier === 'unknown') return overloaded(`${OUT_OF_REACH}${outage()}`)
     if (hasEarlier === 'yes') return store(item, 'earlier_queued', maxBytes)
     // Half the deadline has passed behind an earlier identity; too little is left to send.
     if (performance.now() > halfway) return store(item, 'late', maxBytes)
-    const verdict = await sendUnlessStopped(item)
+    const verdict = isStopped ? NEVER_SENT : await send(item)
     if (verdict.code === 'accepted') forwarder.recovered()
     if (!isDeferrable(verdict)) return verdict
     const stored = await store(item, verdict.code, maxBytes)
@@ -114,7 +106,7 @@ export function createStoreAndForward (
     /** Stops waiting for Mixpanel: events being sent, and all later ones, are stored. */
     stopWaiting (): void {
       isStopped = true
-      for (const endWait of sending) endWait()
+      abandon({ code: 'mixpanel_timed_out', taken: 'unknown', cause: 'shutdown' })
     },
 
     /** Returns the first of the writes that were rejected without a success since; undefined a minute later. */
