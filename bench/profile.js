@@ -77,7 +77,7 @@ export function treeOf (stacks) {
 const PARTS = [
   ['garbage collection', ({ whose }) => whose === 'gc'],
   ['write to Mixpanel', ({ name, whose }, frames) => isWrite(name, whose) && frames.some(frame => frame.whose === 'undici')],
-  ['write the log', ({ name, whose }, frames) => isWrite(name, whose) && frames.some(({ file }) => file === 'src/log.ts')],
+  ['write the log', ({ whose }, frames) => whose !== 'relay' && frames.some(({ file }) => file === 'src/log.ts')],
   ['write the responses', ({ name, whose }) => isWrite(name, whose)],
   ['hashes', ({ file, name }) => file.startsWith('node:internal/crypto/') || (file === 'native' && /digest|hash/i.test(name))],
   ...['http', 'identity', 'relay', 'concurrency', 'mixpanel', 'outbox'].map(folder => [
