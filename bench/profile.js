@@ -31,10 +31,10 @@ export function stacksOf ({ nodes, samples, timeDeltas }) {
 
 /** Scripts of the relay and of packages have a URL. Compiled schemas have none, but a line. Native code has neither. */
 function frameOf ({ functionName: name, url, lineNumber }) {
-  const [, ours] = /\/dist\/(.*)\.js$/.exec(url) ?? []
-  if (ours !== undefined) return { name, file: `src/${ours}.ts`, whose: 'relay' }
   const [, path] = /.*\/node_modules\/(.*)$/.exec(url) ?? []
   if (path !== undefined) return { name, file: path, whose: path.startsWith('undici/') ? 'undici' : 'fastify' }
+  const [, ours] = /\/dist\/(.*)\.js$/.exec(url) ?? []
+  if (ours !== undefined) return { name, file: `src/${ours}.ts`, whose: 'relay' }
   if (url.startsWith('wasm:') || name.startsWith('wasm-')) return { name: 'llhttp in WebAssembly', file: 'undici', whose: 'undici' }
   if (url.startsWith('node:')) return { name, file: url, whose: 'node' }
   if (url.includes('/bench/')) return { name, file: url.replace(/.*\/bench\//, 'bench/'), whose: 'fastify' }
