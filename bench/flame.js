@@ -38,7 +38,7 @@ async function open (name, port) {
   const inspector = port + 1
   const command = [node, `--inspect=127.0.0.1:${inspector}`, '--inspect-publish-uid=http', ...args]
   const server = start(0, command, { ...env, MIXPANEL_URL: `http://127.0.0.1:${UPSTREAM}` })
-  await isUp(server, port, requestOf('first', CREDENTIALS.key.credentialOf))
+  await isUp(server, port, requestOf('first', CREDENTIALS.key))
   const profiler = await openProfiler(inspector, INTERVAL_US)
   const load = await openSlots(server, port, callers, CREDENTIALS.key)
 

@@ -2,6 +2,7 @@
 // `rate` an open loop, whose latencies count from the moment a request was due. Prints one line of JSON. Usage: node load.js '{"port":8080,"connections":64,"seconds":5,"rate":0}'
 import { performance } from 'node:perf_hooks'
 import { openCallers } from './callers.js'
+import { CREDENTIALS } from './credentials.js'
 
 const { port, connections, seconds, rate = 0, distinct } = JSON.parse(process.argv[2])
 
@@ -11,7 +12,7 @@ let isOver = false
 const idle = []
 const due = []
 
-const callers = await openCallers({ port, connections, distinct, onAnswer })
+const callers = await openCallers({ port, connections, distinct, ...CREDENTIALS.key, onAnswer })
 const { sockets } = callers
 
 function onAnswer (socket, status) {

@@ -3,13 +3,13 @@ import { openCallers } from './callers.js'
 import { usage } from './processes.js'
 
 /**
- * Opens the callers of one server. `slot(ms, count)` lets so many of them load it for so long, each with one request
- * under way, and resolves with { answered, rate, latencies (ms), cpu and waited (µs) }. Any other answer than 200
- * fails the slot.
+ * Opens the callers of one server, with the options of `openCallers`. `slot(ms, count, limit)` lets so many of them load it for so long, or until they have
+ * sent `limit` requests, each with one under way. It resolves with { answered, rate, latencies (ms), cpu, waited (µs) },
+ * and rejects when an answer is no 200.
  */
-export async function openSlots ({ pid }, port, connections, { credentialOf, distinct }) {
-  let isOver, latencies, underWay, end, fail, broken
-  const { sockets, send } = await openCallers({ port, connections, credentialOf, distinct, onAnswer, onError })
+export async function openSlots ({ pid }, port, connections, options) {
+  let isOver, latencies, underWay, left, end, fail, broken
+  const { sockets, send } = await openCallers({ ...options, port, connections, onAnswer, onError })
 
   function onError (error) {
     broken = new Error(`the server on port ${port}: ${error.message}`)
@@ -18,6 +18,7 @@ export async function openSlots ({ pid }, port, connections, { credentialOf, dis
 
   function begin (socket, now) {
     socket.since = now
+    left--
     send(socket)
   }
 
@@ -25,22 +26,24 @@ export async function openSlots ({ pid }, port, connections, { credentialOf, dis
     if (status !== '200') onError(new Error(`answered ${status}`))
     const now = performance.now()
     latencies.push(now - socket.since)
-    if (!isOver) begin(socket, now)
+    if (!isOver && left > 0) begin(socket, now)
     else if (--underWay === 0) end()
   }
 
   return {
-    async slot (ms, count = connections) {
+    async slot (ms, count = connections, limit = Infinity) {
       if (broken) throw broken
       const before = usage(pid)
       isOver = false
       latencies = []
       underWay = count
+      left = limit
       const done = new Promise((resolve, reject) => { [end, fail] = [resolve, reject] })
-      setTimeout(() => { isOver = true }, ms)
+      const timer = setTimeout(() => { isOver = true }, ms)
       const since = performance.now()
       for (const socket of sockets.slice(0, count)) begin(socket, since)
       await done
+      clearTimeout(timer)
       const seconds = (performance.now() - since) / 1000
       // The server may have something left to do after its last answer.
       await sleep(5)

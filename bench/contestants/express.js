@@ -17,4 +17,5 @@ app.post('/identify', async ({ body }, response) => {
   console.log(JSON.stringify({ time: Date.now(), method: 'POST', url: '/identify', status: data === 1 ? 200 : 502 }))
   response.status(data === 1 ? 200 : 502).json({ status: 'accepted' })
 })
-app.listen(Number(process.env.PORT))
+// As long as Fastify's: between two slots of the load the connections are idle.
+app.listen(Number(process.env.PORT)).keepAliveTimeout = 72_000

@@ -1,3 +1,4 @@
+import { setImmediate as nextTurn } from 'node:timers/promises'
 import { createInFlight } from './in-flight.ts'
 
 export interface BatcherOptions<Item, Result> {
@@ -21,6 +22,10 @@ export interface BatcherOptions<Item, Result> {
 
 /** The most bytes that leave in one turn of the event loop, plus at most one batch: encoding takes time. */
 const TURN_BYTES = 1_048_576
+
+/** The callers of a send that took SLOW_MS or more are answered SLICE at a time. */
+const SLOW_MS = Number(process.env.SLOW_MS ?? 20)
+const SLICE = Number(process.env.SLICE ?? 10)
 
 interface Entry<Item, Result> {
   item: Item
@@ -46,8 +51,8 @@ export function createBatcher<Item, Result> ({
 }: BatcherOptions<Item, Result>) {
   const queue: Entry<Item, Result>[] = []
   /**
-   * An array, because a Set that changes all the time is copied again and again. Each old copy keeps the batches that it
-   * held, with all their requests, until a major garbage collection: 1 KB of each identity.
+   * An array, because V8 copies a Set that changes all the time again and again. Each old copy keeps the batches that
+   * it held, with all their requests, until a major garbage collection: 1 KB of each identity.
    */
   const underWay: Entry<Item, Result>[][] = []
   const items = createInFlight()
@@ -97,20 +102,31 @@ export function createBatcher<Item, Result> ({
 
   async function run (batch: Entry<Item, Result>[]): Promise<void> {
     const bytes = sizeOf(batch)
+    const since = performance.now()
     sends++
     sentBytes += bytes
     underWay.push(batch)
-    try {
-      const results = await send(batch.map(({ item }) => item))
-      batch.forEach(({ resolve }, index) => resolve(results[index] as Result))
-    } catch (error) {
+    const results = await send(batch.map(({ item }) => item)).catch((error: unknown) => {
       for (const { reject } of batch) reject(error)
-    }
-    underWay.splice(underWay.indexOf(batch), 1)
+    })
     sends--
     sentBytes -= bytes
-    items.end(batch.length)
     if (!isScheduled && mayLeave()) schedule()
+    if (results !== undefined) await answer(batch, results, performance.now() - since)
+    underWay.splice(underWay.indexOf(batch), 1)
+    items.end(batch.length)
+  }
+
+  /**
+   * Resolves the callers of a batch whose send took `ms`. After a slow one they are answered a few in each turn of the
+   * event loop: otherwise they come back together, and their requests hold up all others.
+   */
+  async function answer (batch: Entry<Item, Result>[], results: Result[], ms: number): Promise<void> {
+    const size = ms < SLOW_MS ? batch.length : SLICE
+    for (const [index, { resolve }] of batch.entries()) {
+      if (index > 0 && index % size === 0) await nextTurn()
+      resolve(results[index] as Result)
+    }
   }
 
   /** Starts the timer of the first item in the queue; one timer is enough. */
