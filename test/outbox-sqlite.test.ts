@@ -1,3 +1,4 @@
+import { spawnSync } from 'node:child_process'
 import fs, { chmodSync, cpSync, linkSync, readdirSync, readFileSync, renameSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs'
 import { randomUUID } from 'node:crypto'
 import { syncBuiltinESMExports } from 'node:module'
@@ -38,6 +39,15 @@ function openHere (t: Test, directory: string) {
 t.test('the SQLite outbox keeps the promises of an outbox', async t => {
   const directory = join(t.testdir({}), 'made', 'here')
   await testPromises(t, async (maxEntries = MAX_ENTRIES) => openSqlite(directory, PROJECT, silent, { maxEntries }))
+})
+
+t.test('the thread loads SQLite, and no schemas', async t => {
+  const directory = t.testdir({})
+  const env = { ...process.env, NODE_V8_COVERAGE: directory }
+  t.equal(spawnSync(process.execPath, ['-e', "import('./dist/outbox/database-calls.js')"], { env }).status, 0)
+  const loaded = readdirSync(directory).map(name => readFileSync(join(directory, name), 'utf8')).join()
+  t.match(loaded, 'node_modules/libsql')
+  t.notMatch(loaded, 'node_modules/@sinclair')
 })
 
 t.test('it does so with the database in this thread', async t => {

@@ -5,9 +5,10 @@ import { NO_METRICS, type Metrics } from '../metrics.ts'
 import { connectBackground, redisOutage, withTimeout, FOREGROUND_TIMEOUT_MS, type Redis } from '../redis.ts'
 import { groupCalls } from './grouped.ts'
 import {
-  listed, MAX_NEXT_BYTES, NO_CLAIM, OTHER_MODE, readRows, UNREADABLE,
+  MAX_NEXT_BYTES, NO_CLAIM, OTHER_MODE,
   type Counts, type DeadLetter, type Entry, type Limits, type Outbox, type PutResult
 } from './outbox.ts'
+import { listed, readRows, UNREADABLE } from './rows.ts'
 import { KEYS, SCRIPTS, VERSION } from './scripts.ts'
 
 /** The most events in one script; a script blocks all other clients of Redis. */

@@ -5,9 +5,8 @@ import type { Log } from '../log.ts'
 import { NO_METRICS, type Metrics } from '../metrics.ts'
 import { groupCalls } from './grouped.ts'
 import type { Database, NewRow } from './database.ts'
-import {
-  DirectoryInUse, listed, NO_CLAIM, readRows, UNREADABLE, type Counts, type Limits, type Outbox
-} from './outbox.ts'
+import { DirectoryInUse, NO_CLAIM, type Counts, type Limits, type Outbox } from './outbox.ts'
+import { listed, readRows, UNREADABLE } from './rows.ts'
 import { OPENED, type Answer, type Call } from './database-calls.ts'
 import type { ThreadData } from './sqlite-thread.ts'
 import type { WaitingRow } from './statements.ts'
