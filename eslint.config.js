@@ -29,7 +29,7 @@ const layers = floors.slice(1).flatMap((rooms, index) => rooms.map(room => {
 }))
 
 export default [
-  ...neostandard({ ts: true, ignores: ['dist', '.tap', 'examples/service/relay-api.d.ts'] }),
+  ...neostandard({ ts: true, ignores: ['bundle', 'dist', '.tap', 'examples/service/relay-api.d.ts'] }),
   {
     rules: {
       '@stylistic/max-len': ['error', { code: 120, ignoreUrls: true, ignoreRegExpLiterals: true }],

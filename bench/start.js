@@ -1,4 +1,4 @@
-// What a start costs, and what a relay that has nothing to do takes: npm run bench:start [-- --node PATH …]
+// What a start costs, and what a relay that has nothing to do takes: npm run bench:start [-- --node PATH --node PATH …]
 // Fresh processes in turn, A B A B …, on core 0; medians, and of the ratios to the bare Fastify of the same round.
 import { setTimeout as sleep } from 'node:timers/promises'
 import { parseArgs } from 'node:util'
@@ -15,10 +15,17 @@ const IDLE_MS = 1000
 
 const { values: { node: nodes } } = parseArgs({ options: { node: { type: 'string', multiple: true, default: [process.execPath] } } })
 
+const BUNDLED = 'this relay, as in the image'
+
+function launched (name, node) {
+  const [command, env] = launch(contestants[name === BUNDLED ? OURS : name], PORT, node)
+  return [name === BUNDLED ? command.map(part => part.replace('../dist/', '../bundle/')) : command, env]
+}
+
 /** Starts one process. Resolves with ms to the first 200, the ms of CPU until then, and the MB when it is idle. */
 async function measure (name, node) {
   const since = performance.now()
-  const child = start(0, ...launch(contestants[name], PORT, node))
+  const child = start(0, ...launched(name, node))
   await isUp(child, PORT, requestOf('first', CREDENTIALS.key.credentialOf))
   const result = { ms: performance.now() - since, cpu: usage(child.pid).cpu / 1000 }
   await sleep(IDLE_MS)
@@ -33,7 +40,7 @@ await isUp(upstream, UPSTREAM, 'GET /count HTTP/1.1\r\nhost: localhost\r\n\r\n')
 
 const rows = []
 for (const node of nodes) {
-  const results = { [BARE]: [], [OURS]: [] }
+  const results = { [BARE]: [], [OURS]: [], [BUNDLED]: [] }
   for (let round = 0; round < ROUNDS; round++) {
     for (const name of Object.keys(results)) results[name].push(await measure(name, node))
   }
