@@ -48,8 +48,7 @@ USER 1000:1000
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=3s --start-period=5s --start-interval=1s CMD ["node", "dist/server.js", "healthcheck"]
 ENTRYPOINT []
-# The options bound the heap: under load they save a third of the memory (docs/deployment.md).
-CMD ["node", "--max-semi-space-size=8", "--heap-growing-percent=100", "dist/server.js"]
+CMD ["node", "dist/server.js"]
 ARG VERSION=0.1.0
 LABEL org.opencontainers.image.title="Mixpanel identify relay" \
       org.opencontainers.image.description="Validates two ids, sends Mixpanel the event that merges them, and answers with its verdict" \

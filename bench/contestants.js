@@ -28,10 +28,8 @@ const common = port => ({
 
 const RELAY = '../dist/server.js'
 const relay = (args, env = {}) => ({
-  env: port => ({ ...everything(port), ...env }), commandOf: node => [node, ...OPTIONS, ...args]
+  env: port => ({ ...everything(port), ...env }), commandOf: node => [node, ...args]
 })
-/** As in package.json and in the image. */
-const OPTIONS = []
 const script = (path, env = {}) => ({ env: () => env, commandOf: node => [node, path] })
 
 const nginxPath = ['/usr/sbin/nginx', '/usr/bin/nginx'].find(path => spawnSync(path, ['-v']).status === 0)

@@ -1,7 +1,8 @@
 // The processes that are measured: how they start, what they use, and on which core they run.
 import { spawn, spawnSync } from 'node:child_process'
-import { existsSync, readFileSync, readdirSync } from 'node:fs'
+import { existsSync, mkdtempSync, readFileSync, readdirSync, rmdirSync, writeFileSync } from 'node:fs'
 import { connect } from 'node:net'
+import { join } from 'node:path'
 import { setTimeout as sleep } from 'node:timers/promises'
 
 const here = new URL('.', import.meta.url).pathname
@@ -21,9 +22,20 @@ export function takeSecondCore () {
   return isPinned
 }
 
-/** Starts a child on a core, or on those of this process. Its output goes to a pipe that is read. */
-export function start (core, [command, ...args], env) {
-  const [first, ...rest] = [...core === undefined ? [] : ['taskset', '-c', String(core)], command, ...args]
+/**
+ * Returns a command that runs another one in a new control group with so many MB; it needs root. Node reads the limit.
+ */
+export function limitMemory (mb) {
+  const isUnified = existsSync('/sys/fs/cgroup/cgroup.controllers')
+  const group = mkdtempSync(`/sys/fs/cgroup/${isUnified ? '' : 'memory/'}bench-`)
+  writeFileSync(join(group, isUnified ? 'memory.max' : 'memory.limit_in_bytes'), String(mb * 2 ** 20))
+  process.on('exit', () => rmdirSync(group))
+  return ['sh', '-c', `echo $$ > ${group}/cgroup.procs; exec "$0" "$@"`]
+}
+
+/** Starts a child on a core, or on those of this process, behind `wrapper`. Its output goes to a pipe that is read. */
+export function start (core, [command, ...args], env, wrapper = []) {
+  const [first, ...rest] = [...core === undefined ? [] : ['taskset', '-c', String(core)], ...wrapper, command, ...args]
   const child = spawn(first, rest, { cwd: here, env: { PATH: process.env.PATH, ...env }, stdio: ['ignore', 'pipe', 'inherit'] })
   child.stdout.resume()
   children.add(child)

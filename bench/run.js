@@ -1,6 +1,6 @@
-// Peers side by side, with every feature on: npm run bench [-- --quick] [-- --node 20 --node 24 …]
-// It prints tables, what of the goals is reached, and draws bench.svg from the same figures. With --node it compares
-// versions of Node in place of peers; with --compare <checkout> it is compare.js that runs.
+// Peers side by side, with every feature on: npm run bench [-- --quick] [-- --node 20 --node 24 … --memory-limit 256]
+// It prints tables, what of the goals is reached, and draws bench.svg from the same figures. With --node or
+// --memory-limit (MB) it compares versions of Node in place of peers; with --compare <checkout> compare.js runs.
 import { spawnSync } from 'node:child_process'
 import { writeFileSync } from 'node:fs'
 import { join } from 'node:path'
@@ -9,16 +9,21 @@ import { compare } from './compare.js'
 import { BARE, contestants, EXPRESS, OURS, SDK } from './contestants.js'
 import { overload } from './overload.js'
 import { picture } from './picture.js'
-import { isFine, takeSecondCore } from './processes.js'
+import { isFine, limitMemory, takeSecondCore } from './processes.js'
 import { coldStart, measure, openUpstream } from './scenes.js'
 import { meanOf, median, quantile } from './statistics.js'
 import { tableOf } from './table.js'
 
 if (process.argv.includes('--compare')) process.exit(await compare(process.argv.slice(2)))
 
-const { values: { quick, node: versions } } = parseArgs({
-  options: { quick: { type: 'boolean', default: false }, node: { type: 'string', multiple: true, default: [] } }
+const { values: { quick, node: versions, 'memory-limit': limit } } = parseArgs({
+  options: {
+    quick: { type: 'boolean', default: false },
+    node: { type: 'string', multiple: true, default: [] },
+    'memory-limit': { type: 'string' }
+  }
 })
+if (limit !== undefined && versions.length === 0) versions.push(process.versions.node)
 const here = new URL('.', import.meta.url).pathname
 const ROUNDS = quick ? 2 : 5
 const COLD_ROUNDS = quick ? 3 : 9
@@ -27,17 +32,19 @@ const WARM_UP = 1000
 
 /** The path of a version of Node, which npx fetches. */
 function nodeOf (version) {
+  if (version === process.versions.node) return process.execPath
   const { stdout } = spawnSync('npx', ['-y', '-p', `node@${version}`, 'node', '-p', 'process.execPath'], { cwd: '/', encoding: 'utf8' })
   return stdout.trim()
 }
 
+const wrapper = limit === undefined ? [] : limitMemory(Number(limit))
 const peers = Object.entries(contestants).map(([name, contestant]) => ({ name, contestant, node: process.execPath, bare: BARE }))
 const field = versions.length === 0
   ? peers
   : versions.flatMap(version => {
     const node = nodeOf(version)
     return [BARE, OURS, SDK].map(name => ({
-      name: `${name}, Node ${version}`, contestant: contestants[name], node, bare: `${BARE}, Node ${version}`
+      name: `${name}, Node ${version}`, contestant: contestants[name], node, bare: `${BARE}, Node ${version}`, wrapper
     }))
   })
 
@@ -64,16 +71,17 @@ function figuresOf (results, name, count) {
     p99: quantile(latencies, 0.99),
     requests: slots.reduce((sum, { requests }) => sum + requests, 0) / answered * 1000,
     idle: median(results.get(name).idle),
+    busy: median(results.get(name).busy),
     peak: median(results.get(name).peak)
   }
 }
 
 function table (results, names, count) {
-  const head = ['', 'identities/s', 'CPU µs each', '× bare', 'p50 ms', 'p99 ms', 'upstream per 1000', 'memory MB, idle', 'peak']
+  const head = ['', 'identities/s', 'CPU µs each', '× bare', 'p50 ms', 'p99 ms', 'upstream per 1000', 'memory MB, idle', 'under load', 'peak']
   return tableOf(head, names.map(({ name, bare }) => {
-    const { rate, cpu, p50, p99, requests, idle, peak } = figuresOf(results, name, count)
+    const { rate, cpu, p50, p99, requests, idle, busy, peak } = figuresOf(results, name, count)
     return [name, rate.toFixed(0), cpu.toFixed(1), withError(ratioOf(results, name, bare, count, costOf)), p50.toFixed(1),
-      p99.toFixed(1), requests.toFixed(0), idle.toFixed(0), peak.toFixed(0)]
+      p99.toFixed(1), requests.toFixed(0), idle.toFixed(0), busy.toFixed(0), peak.toFixed(0)]
   }))
 }
 
@@ -115,7 +123,7 @@ const goal = (what, value, limit, isAtMost = true) => {
   const isReached = isAtMost ? value <= limit : value >= limit
   console.log(`${isReached ? 'reached' : 'MISSED '}  ${what}: ${value.toFixed(2)} (goal: at ${isAtMost ? 'most' : 'least'} ${limit})`)
 }
-const memoryRatio = figuresOf(near, OURS, 256).peak / figuresOf(near, BARE, 256).peak
+const memoryRatio = figuresOf(near, OURS, 256).busy / figuresOf(near, BARE, 256).busy
 goal('CPU to bare Fastify, 256 callers', ratioOf(near, OURS, BARE, 256, costOf).mean, 1.6)
 goal('CPU to bare Fastify, 64 callers', ratioOf(near, OURS, BARE, 64, costOf).mean, 1.75)
 goal('CPU to the official SDK, 256 callers', ratioOf(near, OURS, SDK, 256, costOf).mean, 0.4)

@@ -1,5 +1,5 @@
-// What the servers are measured in. A field is a list of { name, contestant, node, bare }; `bare` is the name of the
-// one that it is compared with. Every round starts fresh processes of all, because two processes of one build differ by
+// What the servers are measured in. A field is a list of { name, contestant, node, bare, wrapper }; `bare` is the name of
+// the one that it is compared with, `wrapper` a command to run it by. Every round starts fresh processes of all, because two processes of one build differ by
 // some per cent for life. The load goes round them in short slots, forth and back, so a machine that changes its speed
 // changes it for all of them.
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -25,18 +25,18 @@ export async function openUpstream (env) {
 }
 
 /** Starts a server on a core, or on those of this process, and resolves when it has answered the first request. */
-export async function startServer (core, { contestant, node }, port, env) {
-  const child = start(core, ...launch(contestant, port, node, env))
+export async function startServer (core, { contestant, node, wrapper }, port, env) {
+  const child = start(core, ...launch(contestant, port, node, env), wrapper)
   return { child, ms: await isUp(child, port, first) }
 }
 
 /**
- * Measures a field with each number of callers. Returns a map of the names to { idle, peak } in MB, a list by round,
+ * Measures a field with each number of callers. Returns a map of the names to { idle, busy, peak } in MB, a list by round,
  * and, by the number of callers, `slots`: a list by round of the slots of that process, with their upstream `requests`.
  */
 export async function measure (field, { core, rounds, callers, turns, slotMs, env = {}, properties }) {
   const upstream = await openUpstream(env)
-  const results = new Map(field.map(({ name }) => [name, { idle: [], peak: [], slots: Object.fromEntries(callers.map(count => [count, []])) }]))
+  const results = new Map(field.map(({ name }) => [name, { idle: [], busy: [], peak: [], slots: Object.fromEntries(callers.map(count => [count, []])) }]))
   for (let round = 0; round < rounds; round++) {
     const servers = []
     for (const [index, one] of field.entries()) {
@@ -60,7 +60,9 @@ export async function measure (field, { core, rounds, callers, turns, slotMs, en
       }
     }
     for (const { child, load, result } of servers) {
-      result.peak.push(memory(child.pid).peak)
+      const { now, peak } = memory(child.pid)
+      result.busy.push(now)
+      result.peak.push(peak)
       load.close()
     }
     await stop(...servers.map(({ child }) => child))

@@ -10,7 +10,7 @@ t.test('an identified_id that names nobody is refused, and nothing is sent', asy
   const placeholders = [
     'null', 'NULL', 'undefined', 'NaN', 'anonymous', 'none', 'nil', 'n/a', 'na', 'unknown', '<nil>', 'true', 'false', '[]', '{}', '-1', '0', '0000', '0x0', '0X00',
     '00000000-0000-0000-0000-000000000000', '"null"', "'undefined'", '(null)', '(NaN)', '""', "''", '()', '"0"', '[object Object]', '[object Promise]',
-    '[object Undefined]', '"[object Object]"'
+    '[object Undefined]', '"[object Object]"', '0'.repeat(40), '"             null"', '(undefined             )'
   ]
   for (const placeholder of placeholders) t.equal(isJunkId(placeholder), true, placeholder)
   const invisible = ['\u200B', 'user-42\u200B', '\u202A+15551234567\u202C', 'null\u200B', '\uFEFFuser', 'user\u00AD', '\u2060x', 'x\u2800', '\u180Ex', ' x', 'x\u00A0']

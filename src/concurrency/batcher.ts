@@ -24,8 +24,8 @@ export interface BatcherOptions<Item, Result> {
 const TURN_BYTES = 1_048_576
 
 /** The callers of a send that took SLOW_MS or more are answered SLICE at a time. */
-const SLOW_MS = Number(process.env.SLOW_MS ?? 20)
-const SLICE = Number(process.env.SLICE ?? 10)
+const SLOW_MS = 20
+const SLICE = 5
 
 interface Entry<Item, Result> {
   item: Item

@@ -4,6 +4,10 @@ const JUNK_IDS = new Set([
   'false', '[]', '{}'
 ])
 
+/** The start of a placeholder that may be long: wrapped, an object, or zeros. The others are shorter than LONG. */
+const LONG_START = /^[\s"'([0-]/
+const LONG = 16
+
 /** Mixpanel cuts ids and names there, and two long ids would become one. */
 export const MAX_ID_BYTES = 255
 
@@ -17,9 +21,11 @@ export const NO_CONTROL_CHARACTERS = {
 
 /**
  * Returns true for a placeholder that many users would share: a junk value, `[object …]`, only zeros, or any of these
- * in one pair of quotes or parentheses.
+ * in one pair of quotes or parentheses. A schema refuses white space at the end.
  */
 export function isJunkId (id: string): boolean {
+  // Nearly all ids end here.
+  if (id.length >= LONG && !LONG_START.test(id)) return false
   const text = unwrap(id.toLowerCase())
   return JUNK_IDS.has(text) || /^\[object .*\]$/.test(text) || /^(?:0x)?[0-]*0[0-]*$/.test(text)
 }
