@@ -1,6 +1,6 @@
 // The servers that are compared, and what each needs: `env`, and the command of those that are no script of Node.
 import { spawnSync } from 'node:child_process'
-import { mkdtempSync, writeFileSync } from 'node:fs'
+import { mkdtempSync, readFileSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { CREDENTIALS } from './credentials.js'
@@ -26,9 +26,12 @@ const common = port => ({
   NODE_ENV: 'production'
 })
 
-const RELAY = '../dist/server.js'
-const relay = (args, env = {}) => ({
-  env: port => ({ ...everything(port), ...env }), commandOf: node => [node, ...args]
+/** As `npm start` runs it: node, its options, and the script. */
+const { scripts } = JSON.parse(readFileSync(new URL('../package.json', import.meta.url), 'utf8'))
+const [, ...startArgs] = scripts.start.split(' ')
+const relay = (env = {}) => ({
+  env: port => ({ ...everything(port), ...env }),
+  commandOf: node => [node, ...startArgs.map(arg => arg.replace('dist/', '../dist/'))]
 })
 const script = (path, env = {}) => ({ env: () => env, commandOf: node => [node, path] })
 
@@ -58,8 +61,8 @@ export const EXPRESS = 'Express + axios'
 
 export const contestants = {
   [BARE]: script('contestants/bare.js'),
-  [OURS]: relay([RELAY]),
-  'this relay, MAX_BATCH=1': relay([RELAY], { MAX_BATCH: '1' }),
+  [OURS]: relay(),
+  'this relay, MAX_BATCH=1': relay({ MAX_BATCH: '1' }),
   [SDK]: script('contestants/sdk.js'),
   [EXPRESS]: script('contestants/express.js'),
   ...nginxPath && { 'nginx as a plain proxy': nginx() }

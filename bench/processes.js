@@ -22,24 +22,28 @@ export function takeSecondCore () {
   return isPinned
 }
 
-/**
- * Returns a command that runs another one in a new control group with so many MB; it needs root. Node reads the limit.
- */
-export function limitMemory (mb) {
+/** Makes a control group with so many MB, which needs root. Returns the command that runs another one in it. */
+function limitMemory (mb) {
   const isUnified = existsSync('/sys/fs/cgroup/cgroup.controllers')
   const group = mkdtempSync(`/sys/fs/cgroup/${isUnified ? '' : 'memory/'}bench-`)
   writeFileSync(join(group, isUnified ? 'memory.max' : 'memory.limit_in_bytes'), String(mb * 2 ** 20))
-  process.on('exit', () => rmdirSync(group))
-  return ['sh', '-c', `echo $$ > ${group}/cgroup.procs; exec "$0" "$@"`]
+  return { group, wrapper: ['sh', '-c', `echo $$ > ${group}/cgroup.procs; exec "$0" "$@"`] }
 }
 
-/** Starts a child on a core, or on those of this process, behind `wrapper`. Its output goes to a pipe that is read. */
-export function start (core, [command, ...args], env, wrapper = []) {
+/**
+ * Starts a child on a core, or on those of this process, with at most `limit` MB. Node bounds its heap by such a limit.
+ * The child's output goes to a pipe that is read.
+ */
+export function start (core, [command, ...args], env, limit) {
+  const { group, wrapper } = limit === undefined ? { wrapper: [] } : limitMemory(limit)
   const [first, ...rest] = [...core === undefined ? [] : ['taskset', '-c', String(core)], ...wrapper, command, ...args]
   const child = spawn(first, rest, { cwd: here, env: { PATH: process.env.PATH, ...env }, stdio: ['ignore', 'pipe', 'inherit'] })
   child.stdout.resume()
   children.add(child)
-  child.over = new Promise(resolve => child.once('close', resolve)).then(() => children.delete(child))
+  child.over = new Promise(resolve => child.once('close', resolve)).then(() => {
+    children.delete(child)
+    if (group !== undefined) rmdirSync(group)
+  })
   return child
 }
 

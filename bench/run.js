@@ -9,7 +9,7 @@ import { compare } from './compare.js'
 import { BARE, contestants, EXPRESS, OURS, SDK } from './contestants.js'
 import { overload } from './overload.js'
 import { picture } from './picture.js'
-import { isFine, limitMemory, takeSecondCore } from './processes.js'
+import { isFine, takeSecondCore } from './processes.js'
 import { coldStart, measure, openUpstream } from './scenes.js'
 import { meanOf, median, quantile } from './statistics.js'
 import { tableOf } from './table.js'
@@ -37,14 +37,13 @@ function nodeOf (version) {
   return stdout.trim()
 }
 
-const wrapper = limit === undefined ? [] : limitMemory(Number(limit))
 const peers = Object.entries(contestants).map(([name, contestant]) => ({ name, contestant, node: process.execPath, bare: BARE }))
 const field = versions.length === 0
   ? peers
   : versions.flatMap(version => {
     const node = nodeOf(version)
     return [BARE, OURS, SDK].map(name => ({
-      name: `${name}, Node ${version}`, contestant: contestants[name], node, bare: `${BARE}, Node ${version}`, wrapper
+      name: `${name}, Node ${version}`, contestant: contestants[name], node, bare: `${BARE}, Node ${version}`, limit
     }))
   })
 

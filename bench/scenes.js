@@ -1,5 +1,5 @@
-// What the servers are measured in. A field is a list of { name, contestant, node, bare, wrapper }; `bare` is the name of
-// the one that it is compared with, `wrapper` a command to run it by. Every round starts fresh processes of all, because two processes of one build differ by
+// What the servers are measured in. A field is a list of { name, contestant, node, bare, limit }; `bare` is the name of
+// the one that it is compared with, `limit` its memory in MB. Every round starts fresh processes of all, because two processes of one build differ by
 // some per cent for life. The load goes round them in short slots, forth and back, so a machine that changes its speed
 // changes it for all of them.
 import { setTimeout as sleep } from 'node:timers/promises'
@@ -25,8 +25,8 @@ export async function openUpstream (env) {
 }
 
 /** Starts a server on a core, or on those of this process, and resolves when it has answered the first request. */
-export async function startServer (core, { contestant, node, wrapper }, port, env) {
-  const child = start(core, ...launch(contestant, port, node, env), wrapper)
+export async function startServer (core, { contestant, node, limit }, port, env) {
+  const child = start(core, ...launch(contestant, port, node, env), limit)
   return { child, ms: await isUp(child, port, first) }
 }
 

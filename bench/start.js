@@ -26,7 +26,7 @@ function launched (name, node) {
 async function measure (name, node) {
   const since = performance.now()
   const child = start(0, ...launched(name, node))
-  await isUp(child, PORT, requestOf('first', CREDENTIALS.key.credentialOf))
+  await isUp(child, PORT, requestOf('first', CREDENTIALS.key))
   const result = { ms: performance.now() - since, cpu: usage(child.pid).cpu / 1000 }
   await sleep(IDLE_MS)
   result.rss = memory(child.pid).now

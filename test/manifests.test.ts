@@ -1,3 +1,4 @@
+import { spawnSync } from 'node:child_process'
 import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { join } from 'node:path'
 import { t, type Test } from 'tap'
@@ -116,6 +117,15 @@ t.test('the names in each manifest lead to something', async t => {
       if (spec.serviceName !== undefined) t.ok(objects.some(object => object.kind === 'Service' && object.metadata.name === spec.serviceName), `${name} has its Service`)
     }
   }
+})
+
+t.test('npm start, the image and the unit for systemd give Node the same options, and this Node knows them', async t => {
+  const { scripts: { start } } = JSON.parse(readFileSync('package.json', 'utf8')) as { scripts: { start: string } }
+  const [node, ...args] = start.split(' ')
+  t.match(args, ['--max-semi-space-size=16', 'dist/server.js'])
+  t.ok(readFileSync('Dockerfile', 'utf8').includes(`\nCMD ${JSON.stringify([node, ...args]).replaceAll(',', ', ')}\n`))
+  t.ok(readFileSync('docs/deployment.md', 'utf8').includes(`\nExecStart=/usr/bin/${start}\n`))
+  t.equal(spawnSync(process.execPath, [...args, '--version']).status, 0)
 })
 
 t.test('the relay of each manifest has variables and a version that it starts with, and no privileges', async t => {
