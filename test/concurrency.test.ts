@@ -1,4 +1,4 @@
-import { setTimeout as sleep } from 'node:timers/promises'
+import { setImmediate as nextTurn, setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
 import { createBatcher } from '#src/concurrency/batcher.js'
 import { createKeyedMutex } from '#src/concurrency/keyed-mutex.js'
@@ -34,6 +34,29 @@ t.test('the batcher keeps order and bounds, answers late items, and passes on an
   for (const result of bug) await t.rejects(result, { message: 'a bug' })
   await idle
   t.equal(await later, 'result 15')
+})
+
+t.test('the batcher answers the callers of a slow send a few in each turn, and those of a quick one together', async t => {
+  const perTurn = async (ms: number) => {
+    const batcher = createBatcher<number, number>({
+      send: async items => {
+        await sleep(ms)
+        return items
+      },
+      maxBatch: 50
+    })
+    let answered = 0
+    const all = Promise.all(Array.from({ length: 12 }, (_, index) => batcher.add(index).then(() => { answered++ })))
+    const counts: number[] = []
+    for (let before = 0; answered < 12; before = answered) {
+      await nextTurn()
+      if (answered > before) counts.push(answered - before)
+    }
+    await all
+    return counts
+  }
+  t.same(await perTurn(50), [5, 5, 2])
+  t.same(await perTurn(0), [12])
 })
 
 t.test('the batcher bounds the bytes of an array', async t => {

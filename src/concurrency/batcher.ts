@@ -106,9 +106,12 @@ export function createBatcher<Item, Result> ({
     sends++
     sentBytes += bytes
     underWay.push(batch)
-    const results = await send(batch.map(({ item }) => item)).catch((error: unknown) => {
+    let results: Result[] | undefined
+    try {
+      results = await send(batch.map(({ item }) => item))
+    } catch (error) {
       for (const { reject } of batch) reject(error)
-    })
+    }
     sends--
     sentBytes -= bytes
     if (!isScheduled && mayLeave()) schedule()
