@@ -45,14 +45,14 @@ t.test('the batcher answers the callers of a slow send a few in each turn, and t
       },
       maxBatch: 50
     })
-    let answered = 0
-    const all = Promise.all(Array.from({ length: 12 }, (_, index) => batcher.add(index).then(() => { answered++ })))
+    const answered: number[] = []
+    for (let index = 0; index < 12; index++) batcher.add(index).then(result => answered.push(result))
     const counts: number[] = []
-    for (let before = 0; answered < 12; before = answered) {
+    while (answered.length < 12) {
+      const before = answered.length
       await nextTurn()
-      if (answered > before) counts.push(answered - before)
+      if (answered.length > before) counts.push(answered.length - before)
     }
-    await all
     return counts
   }
   t.same(await perTurn(50), [5, 5, 2])
