@@ -19,35 +19,36 @@ export interface MergingEvent {
   properties: Readonly<Record<string, unknown>> & { $insert_id: string, time: number } & MergingIds
 }
 
+/** The name of an event and of its two ids, in JSON. */
+interface Names { event: string, user: string, anon: string }
+
+const IDENTIFY: Names = { event: '"$identify"', user: '"$identified_id"', anon: '"$anon_id"' }
+
 /** Returns a function that makes the event of an identity that is validated at `now` (ms since the epoch). */
 export function createToEvent (
   { MIXPANEL_ID_MERGE: mode, MERGE_EVENT: name }: Pick<Config, 'MIXPANEL_ID_MERGE' | 'MERGE_EVENT'>
 ): (identity: Identity, now: number) => PendingEvent {
-  return mode === 'original' ? identifyEvent : (identity, now) => ordinaryEvent(identity, now, name)
+  if (mode === 'original') return identifyEvent
+  // Projects with Simplified ID Merge ignore `$identify`: there any other event with both ids merges.
+  const names: Names = { event: JSON.stringify(name), user: '"$user_id"', anon: '"$device_id"' }
+  return (identity, now) => {
+    // Mixpanel stores a `$device_id` without its prefix, and never finds one that has two.
+    const device = withoutPrefix(identity.anon_id)
+    return mergingEvent(names, device, device, identity, now)
+  }
 }
 
 /** Returns the `$identify` event of an identity, which merges in projects with Original ID Merge. */
 export function identifyEvent (identity: Identity, now: number): PendingIdentity {
-  const { anon_id: anon } = identity
-  return mergingEvent('"$identify"', '"$identified_id"', '"$anon_id"', anon, deviceKey(anon), identity, now)
+  return mergingEvent(IDENTIFY, identity.anon_id, deviceKey(identity.anon_id), identity, now)
 }
 
 /**
- * Returns the event of an identity in projects with Simplified ID Merge, which ignore `$identify`: there any other
- * event with both ids merges. Mixpanel stores a `$device_id` without its prefix, and never finds one that has two.
- */
-function ordinaryEvent (identity: Identity, now: number, name: string): PendingIdentity {
-  const device = withoutPrefix(identity.anon_id)
-  return mergingEvent(JSON.stringify(name), '"$user_id"', '"$device_id"', device, device, identity, now)
-}
-
-/**
- * Returns an event with this name and these names of the two ids, all in JSON; `anon` is the anonymous id as Mixpanel
- * stores it. The text is put together, because as an object it would be read once to make it and once to print it.
+ * Returns an event with these names; `anon` is the anonymous id as Mixpanel stores it. The text is put together, because
+ * as an object it would be read once to make it and once to print it.
  */
 function mergingEvent (
-  event: string, userName: string, anonName: string, anon: string, anonKey: string,
-  { identified_id: user, properties }: Identity, now: number
+  names: Names, anon: string, anonKey: string, { identified_id: user, properties }: Identity, now: number
 ): PendingIdentity {
   const own = properties === undefined ? '' : JSON.stringify(properties).slice(1, -1)
   const insertId = insertIdOf(user, anon, own)
@@ -55,8 +56,8 @@ function mergingEvent (
   const userText = JSON.stringify(user)
   // `distinct_id` is documented as optional, but without it Mixpanel has been seen to answer "distinct_id, missing or
   // empty".
-  const json = `{"event":${event},"properties":{${own}${own === '' ? '' : ','}"distinct_id":${userText},` +
-    `${userName}:${userText},${anonName}:${JSON.stringify(anon)},"time":${time},"$insert_id":"${insertId}"}}`
+  const json = `{"event":${names.event},"properties":{${own}${own === '' ? '' : ','}"distinct_id":${userText},` +
+    `${names.user}:${userText},${names.anon}:${JSON.stringify(anon)},"time":${time},"$insert_id":"${insertId}"}}`
   return frozen(json, user, anonKey, insertId, time)
 }
 
