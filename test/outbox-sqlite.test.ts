@@ -251,15 +251,27 @@ t.test('what is done to the files is noticed before the next event counts as sto
       if (undo !== undefined) t.match(outbox.put(event()), { results: ['stored'] }, 'put back, it works again')
     })
   }
-  const path = join(t.testdir({}), 'relay')
-  const outbox = openHere(t, path)
-  const { exec } = Database.prototype
-  t.capture(Database.prototype, 'exec', function (this: Database.Database, sql: string) {
-    const result = exec.call(this, sql)
-    if (sql === 'COMMIT') rmSync(join(path, 'lock'), { force: true })
-    return result
-  })
-  t.match(outbox.put(event()), { results: ['unknown'], cause: /lock was removed/ }, 'after a commit it is unknown what is kept')
+  // A commit takes some ms.
+  const during: [what: string, act: (directory: string) => void, cause: RegExp][] = [
+    ['the lock is removed', path => rmSync(join(path, 'lock'), { force: true }), /lock was removed/],
+    ['the database is removed', path => rmSync(join(path, 'outbox.db'), { force: true }), /outbox\.db was removed/],
+    ['another file is written over it', path => writeFileSync(join(path, 'outbox.db'), 'another file'), /changed by another program/]
+  ]
+  for (const [what, act, cause] of during) {
+    await t.test(`${what} during a commit`, async t => {
+      const path = join(t.testdir({}), 'relay')
+      const outbox = openHere(t, path)
+      const { exec } = Database.prototype
+      const capture = t.capture(Database.prototype, 'exec', function (this: Database.Database, sql: string) {
+        const result = exec.call(this, sql)
+        if (sql === 'COMMIT') act(path)
+        return result
+      })
+      t.match(outbox.put(event()), { results: ['unknown'], cause }, 'it is unknown what is kept')
+      capture.restore()
+      t.match(outbox.put(event()), { results: ['rejected'], cause })
+    })
+  }
 })
 
 t.test('files that other users could change are refused', async t => {

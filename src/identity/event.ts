@@ -44,8 +44,8 @@ export function identifyEvent (identity: Identity, now: number): PendingIdentity
 }
 
 /**
- * Returns an event with these names; `anon` is the anonymous id as Mixpanel stores it. The text is put together, because
- * as an object it would be read once to make it and once to print it.
+ * Returns an event with these names; `anon` is the anonymous id as Mixpanel stores it. The text is put together: an
+ * object would be read once to make it and once to print it.
  */
 function mergingEvent (
   names: Names, anon: string, anonKey: string, { identified_id: user, properties }: Identity, now: number

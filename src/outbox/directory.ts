@@ -1,5 +1,5 @@
 import {
-  closeSync, existsSync, lstatSync, mkdirSync, openSync, rmSync, statfsSync, statSync, type Stats
+  closeSync, existsSync, lstatSync, mkdirSync, openSync, readSync, rmSync, statfsSync, statSync, type Stats
 } from 'node:fs'
 import { dirname, join } from 'node:path'
 import { geteuid } from 'node:process'
@@ -37,7 +37,10 @@ export function openDirectory (directory: string) {
   let written: Pick<Stats, 'mtimeMs' | 'size'> | undefined
 
   function remember (): void {
-    if (watched.size > 0) written = statSync(file, { throwIfNoEntry: false })
+    if (watched.size === 0) return
+    const stats = statSync(file, { throwIfNoEntry: false })
+    // A commit takes some ms, in which another program may have written to the file as well.
+    if (stats?.mtimeMs !== written?.mtimeMs && isDatabase(file)) written = stats
   }
 
   return {
@@ -97,6 +100,20 @@ export function openDirectory (directory: string) {
       unlock()
     }
   }
+}
+
+/** Returns true for a file that begins as every file of SQLite does. */
+function isDatabase (file: string): boolean {
+  const header = 'SQLite format 3\0'
+  const bytes = Buffer.alloc(header.length)
+  try {
+    const fd = openSync(file, 'r')
+    readSync(fd, bytes)
+    closeSync(fd)
+  } catch {
+    return false
+  }
+  return String(bytes) === header
 }
 
 /** Throws if `path` exists and is a link, belongs to another user, or can be changed by all users. */
