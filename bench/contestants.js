@@ -33,7 +33,7 @@ const relay = (env = {}) => ({
   env: port => ({ ...everything(port), ...env }),
   commandOf: node => [node, ...startArgs.map(arg => arg.replace('dist/', '../dist/'))]
 })
-const script = (path, env = {}) => ({ env: () => env, commandOf: node => [node, path] })
+const script = path => ({ env: () => ({}), commandOf: node => [node, path] })
 
 const nginxPath = ['/usr/sbin/nginx', '/usr/bin/nginx'].find(path => spawnSync(path, ['-v']).status === 0)
 

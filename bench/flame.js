@@ -11,6 +11,7 @@ import { openProfiler } from './inspector.js'
 import { PHASES, phasesOf } from './phases.js'
 import { isUp, start, stop, takeSecondCore } from './processes.js'
 import { sharesOf, stacksOf, treeOf } from './profile.js'
+import { openUpstream } from './scenes.js'
 import { openSlots } from './slots.js'
 import { median } from './statistics.js'
 import { tableOf } from './table.js'
@@ -23,8 +24,6 @@ const { values } = parseArgs({
   }
 })
 const [callers, seconds, rounds] = [values.callers, values.seconds, values.rounds].map(Number)
-// Other ports than the other benchmarks, which may run meanwhile.
-const UPSTREAM = 18091
 const INTERVAL_US = 200
 const WARM_UP_MS = 3000
 const PICTURE = new URL('../docs/flame.svg', import.meta.url)
@@ -37,7 +36,7 @@ async function open (name, port) {
   const [[node, ...args], env] = launch(contestants[name], port)
   const inspector = port + 1
   const command = [node, `--inspect=127.0.0.1:${inspector}`, '--inspect-publish-uid=http', ...args]
-  const server = start(0, command, { ...env, MIXPANEL_URL: `http://127.0.0.1:${UPSTREAM}` })
+  const server = start(0, command, env)
   await isUp(server, port, requestOf('first', CREDENTIALS.key))
   const profiler = await openProfiler(inspector, INTERVAL_US)
   const load = await openSlots(server, port, callers, CREDENTIALS.key)
@@ -70,14 +69,13 @@ async function open (name, port) {
 }
 
 takeSecondCore()
-const upstream = start(undefined, [process.execPath, 'upstream.js'], { PORT: String(UPSTREAM) })
-await isUp(upstream, UPSTREAM, 'GET /count HTTP/1.1\r\nhost: localhost\r\n\r\n')
+const upstream = await openUpstream({})
 const servers = [await open(OURS, 18093), await open(BARE, 18095)]
 for (let round = 0; round < rounds; round++) {
   for (const server of servers) await server.round()
 }
 const [ours, bare] = await Promise.all(servers.map(server => server.end()))
-await stop(upstream)
+await upstream.close()
 
 writeFileSync(PICTURE, flamePicture(treeOf(phasesOf(ours.stacks)), {
   title: `Where the CPU time of one identity goes: ${ours.each.toFixed(0)} µs, ${callers} callers`, each: ours.each, phases: PHASES

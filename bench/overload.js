@@ -23,7 +23,7 @@ function load (options) {
 export async function overload (core) {
   const upstream = await openUpstream({ LATENCY_MS: '50', CONCURRENCY: '8' })
   const server = { contestant: contestants[OURS], node: process.execPath }
-  const { child } = await startServer(core, server, PORT, { MAX_BATCH: '5', MAX_IN_FLIGHT: '150', OUTBOX: 'off' })
+  const child = await startServer(core, server, PORT, { MAX_BATCH: '5', MAX_IN_FLIGHT: '150', OUTBOX: 'off' })
   await load({ connections: 100, seconds: 2 })
   const capacity = await load({ connections: 120, seconds: SECONDS })
   const before = memory(child.pid).now

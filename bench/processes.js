@@ -53,11 +53,11 @@ export async function stop (...list) {
   await Promise.all(list.map(child => child.over))
 }
 
-/** Resolves with the milliseconds until the child answers `request`, the bytes of an HTTP request, with 200. */
+/** Resolves when the child answers `request`, the bytes of an HTTP request, with 200. */
 export async function isUp (child, port, request) {
   for (const since = performance.now(); performance.now() - since < 20_000; await sleep(1)) {
     if (child.exitCode !== null) break
-    if (await statusOf(port, request) === '200') return performance.now() - since
+    if (await statusOf(port, request) === '200') return
   }
   throw new Error(`${child.spawnargs.join(' ')} does not answer 200`)
 }

@@ -1,7 +1,7 @@
 // What the servers are measured in. A field is a list of { name, contestant, node, bare, limit }; `bare` is the name of
-// the one that it is compared with, `limit` its memory in MB. Every round starts fresh processes of all, because two processes of one build differ by
-// some per cent for life. The load goes round them in short slots, forth and back, so a machine that changes its speed
-// changes it for all of them.
+// the one that it is compared with, `limit` its memory in MB. Every round starts fresh processes of all, because two
+// processes of one build differ by some per cent for life. The load goes round them in short slots, forth and back, so a
+// machine that changes its speed changes it for all of them.
 import { setTimeout as sleep } from 'node:timers/promises'
 import { requestOf } from './callers.js'
 import { launch, UPSTREAM } from './contestants.js'
@@ -14,7 +14,7 @@ const FIRST_PORT = 18110
 const WARM_MS = 2000
 const first = requestOf('first', CREDENTIALS.key)
 
-/** Starts a Mixpanel that answers after so many ms. Resolves with { count, close }. */
+/** Starts upstream.js with its variables. Resolves with { count, close }. */
 export async function openUpstream (env) {
   const child = start(undefined, [process.execPath, 'upstream.js'], { PORT: String(UPSTREAM), ...env })
   await isUp(child, UPSTREAM, 'GET /count HTTP/1.1\r\nhost: upstream\r\n\r\n')
@@ -24,10 +24,11 @@ export async function openUpstream (env) {
   }
 }
 
-/** Starts a server on a core, or on those of this process, and resolves when it has answered the first request. */
+/** Starts a server on a core, or on those of this process, and resolves with it when it has answered a request. */
 export async function startServer (core, { contestant, node, limit }, port, env) {
   const child = start(core, ...launch(contestant, port, node, env), limit)
-  return { child, ms: await isUp(child, port, first) }
+  await isUp(child, port, first)
+  return child
 }
 
 /**
@@ -41,7 +42,7 @@ export async function measure (field, { core, rounds, callers, turns, slotMs, en
     const servers = []
     for (const [index, one] of field.entries()) {
       const port = FIRST_PORT + index
-      const { child } = await startServer(core, one, port, one.name === one.bare ? env : {})
+      const child = await startServer(core, one, port, one.name === one.bare ? env : {})
       await sleep(1000)
       const result = results.get(one.name)
       result.idle.push(memory(child.pid).now)
@@ -80,7 +81,7 @@ const WARMERS = 8
  * with the quantiles of the latencies of these, and how long the warm-up took, in ms.
  */
 export async function coldStart (core, server, callers, warmUp) {
-  const { child } = await startServer(core, server, FIRST_PORT, {})
+  const child = await startServer(core, server, FIRST_PORT, {})
   const since = performance.now()
   if (warmUp > 0) {
     const warmers = await openSlots(child, FIRST_PORT, WARMERS, { ...CREDENTIALS.key, path: '/identify?dry_run=1' })

@@ -3,9 +3,9 @@ import { openCallers } from './callers.js'
 import { usage } from './processes.js'
 
 /**
- * Opens the callers of one server, with the options of `openCallers`. `slot(ms, count, limit)` lets so many of them load it for so long, or until they have
- * sent `limit` requests, each with one under way. It resolves with { answered, rate, latencies (ms), cpu, waited (µs) },
- * and rejects when an answer is no 200.
+ * Opens the callers of one server, with the options of `openCallers`. `slot(ms, count, limit)` lets so many of them load
+ * it for so long, or until they have sent `limit` requests, each with one under way. It resolves with { answered, rate,
+ * latencies (ms), cpu, waited (µs) }, and rejects when an answer is no 200.
  */
 export async function openSlots ({ pid }, port, connections, options) {
   let isOver, latencies, underWay, left, end, fail, broken

@@ -3,9 +3,10 @@
 import { setTimeout as sleep } from 'node:timers/promises'
 import { parseArgs } from 'node:util'
 import { requestOf } from './callers.js'
-import { BARE, contestants, launch, OURS, UPSTREAM } from './contestants.js'
+import { BARE, contestants, launch, OURS } from './contestants.js'
 import { CREDENTIALS } from './credentials.js'
 import { isUp, memory, start, stop, takeSecondCore, usage } from './processes.js'
+import { openUpstream } from './scenes.js'
 import { median } from './statistics.js'
 import { tableOf } from './table.js'
 
@@ -35,8 +36,7 @@ async function measure (name, node) {
 }
 
 takeSecondCore()
-const upstream = start(undefined, [process.execPath, 'upstream.js'], { PORT: String(UPSTREAM) })
-await isUp(upstream, UPSTREAM, 'GET /count HTTP/1.1\r\nhost: localhost\r\n\r\n')
+await openUpstream({})
 
 const rows = []
 for (const node of nodes) {

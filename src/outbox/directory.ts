@@ -36,11 +36,14 @@ export function openDirectory (directory: string) {
   const watched = new Map<string, Pick<Stats, 'dev' | 'ino'>>()
   let written: Pick<Stats, 'mtimeMs' | 'size'> | undefined
 
+  // Two writes within a tick of the kernel's clock have one mtime.
+  const isAsWritten = (stats?: Stats) => stats?.mtimeMs === written?.mtimeMs && stats?.size === written?.size
+
   function remember (): void {
     if (watched.size === 0) return
     const stats = statSync(file, { throwIfNoEntry: false })
     // A commit takes some ms, in which another program may have written to the file as well.
-    if (stats?.mtimeMs !== written?.mtimeMs && isDatabase(file)) written = stats
+    if (!isAsWritten(stats) && isDatabase(file)) written = stats
   }
 
   return {
@@ -61,7 +64,7 @@ export function openDirectory (directory: string) {
         const stats = statSync(path, { throwIfNoEntry: false })
         if (stats === undefined) throw new Error(`${path} was removed: restart the relay`)
         if (stats.dev !== dev || stats.ino !== ino) throw new Error(`${path} was replaced: restart the relay`)
-        if (path === file && (stats.mtimeMs !== written?.mtimeMs || stats.size !== written.size)) {
+        if (path === file && !isAsWritten(stats)) {
           throw new Error(`${path} was changed by another program: restart the relay`)
         }
       }
@@ -108,8 +111,11 @@ function isDatabase (file: string): boolean {
   const bytes = Buffer.alloc(header.length)
   try {
     const fd = openSync(file, 'r')
-    readSync(fd, bytes)
-    closeSync(fd)
+    try {
+      readSync(fd, bytes)
+    } finally {
+      closeSync(fd)
+    }
   } catch {
     return false
   }
