@@ -26,16 +26,20 @@ async function start (t: Test, env: Env = {}, relayPort = '0') {
     return String((await until(/Open (\S+) for/))[1])
   })) as [string, string]
   const rows = () => sandbox.ledger.rows() as readonly Row[]
-  /** Resolves with the events of one name once there are `count`. */
-  async function arrived (name: string, count = 1): Promise<Row[]> {
+  /** Resolves with the events that `isWanted` once there are `count`. */
+  async function until (isWanted: (row: Row) => boolean, what: string, count = 1): Promise<Row[]> {
     for (const end = Date.now() + WAIT_MS; Date.now() < end; await sleep(50)) {
-      const found = rows().filter(({ event }) => event === name)
+      const found = rows().filter(isWanted)
       if (found.length >= count) return found
     }
-    throw new Error(`${count} events ${name} have not arrived: ${JSON.stringify(rows())} ${relay.output().slice(-2000)}`)
+    throw new Error(`${count} of ${what} have not arrived: ${JSON.stringify(rows())} ${relay.output().slice(-2000)}`)
   }
+  /** Resolves with the events of one name once there are `count`. */
+  const arrived = (name: string, count?: number) => until(({ event }) => event === name, name, count)
+  /** Resolves with the identities of one user. They travel apart from the events of a request, so either may arrive first. */
+  const merged = (userId: string) => until(({ event, properties }) => event === '$identify' && properties.distinct_id === userId, `identities of ${userId}`)
   const restart = () => startServer(t, sandbox.url, settings)
-  return { sandbox, relay, origin, foreign, rows, arrived, restart }
+  return { sandbox, relay, origin, foreign, rows, arrived, merged, restart }
 }
 
 /** The log lines of requests to /track. */
@@ -78,7 +82,7 @@ const load = (page: Page, relayUrl: string, config: object, token = 'dummy') => 
 const trackIn = (page: Page, name: string) => page.evaluate(name => new Promise(resolve => mixpanel.track(name, {}, resolve)), name)
 
 t.test('the JavaScript SDK sends what it tracks and identifies through the relay, in each of its forms', needsChromium, async t => {
-  const { relay, origin, rows, arrived } = await start(t)
+  const { relay, origin, arrived, merged } = await start(t)
   const forms: [name: string, config: object][] = [
     ['queue', {}], ['queue of JSON', { api_payload_format: 'json' }], ['at once', { batch_requests: false }], ['at once, verbose', { batch_requests: false, verbose: true }],
     ['GET', { batch_requests: false, api_method: 'GET' }], ['no address', { ip: false }], ['no token', { property_blacklist: ['token'] }], ['own headers', { xhr_headers: { 'x-own': '1' } }]
@@ -96,9 +100,7 @@ t.test('the JavaScript SDK sends what it tracks and identifies through the relay
     const [before] = await arrived(`before ${name}`)
     t.match(before?.properties, { text, distinct_id: device, $insert_id: String, time: Number }, name)
     await arrived(`after ${name}`)
-    const isTheirs = ({ event, properties }: Row) => event === '$identify' && properties.distinct_id === `user of ${name}`
-    for (const end = Date.now() + WAIT_MS; Date.now() < end && !rows().some(isTheirs);) await sleep(50)
-    t.match(rows().find(isTheirs), { outcome: 'merged', properties: { $anon_distinct_id: device } }, name)
+    t.match((await merged(`user of ${name}`))[0], { outcome: 'merged', properties: { $anon_distinct_id: device } }, name)
     t.equal('ip' in before!.properties, name !== 'no address')
   }
   t.ok(lines(relay).every(({ status, refused }) => status === 200 && refused === 0))
@@ -109,7 +111,7 @@ t.test('the JavaScript SDK sends what it tracks and identifies through the relay
 })
 
 t.test('the JavaScript SDK merges no junk, no previous user, and reads why', needsChromium, async t => {
-  const { relay, origin, rows, arrived } = await start(t)
+  const { relay, origin, rows, arrived, merged } = await start(t)
   for (const id of ['null', '0', 7, { a: 1 }, 'anonymous']) {
     const page = await open(t, origin, relay.url)
     await page.evaluate(id => { mixpanel.identify(id); mixpanel.track('after junk') }, id)
@@ -121,6 +123,7 @@ t.test('the JavaScript SDK merges no junk, no previous user, and reads why', nee
   await arrived('after a second user')
   await page.evaluate(() => { mixpanel.reset(); mixpanel.identify('third'); mixpanel.alias('fourth'); mixpanel.track('after a reset') })
   await arrived('after a reset')
+  await merged('third')
   t.same(rows().filter(({ event }) => event === '$identify').map(({ properties }) => properties.distinct_id).sort(), ['first', 'third'])
   t.ok(lines(relay).some(({ refused }) => refused > 0))
 })
