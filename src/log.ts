@@ -49,16 +49,27 @@ export function createLog (level: string, destination: { write: (line: string) =
     hasAccessLines = logger.isLevelEnabled('info')
   }
 
-  function logRequest ({ method, route, status, ms, requestId, caller, insertId, sent, details }: AccessLine): void {
+  // Most lines share these with the one before, and so their text.
+  let last: Pick<AccessLine, 'method' | 'route' | 'status' | 'caller' | 'sent'> | undefined
+  let request = ''
+  let sending = ''
+
+  function logRequest (line: AccessLine): void {
     if (!hasAccessLines) return
-    const added = details === undefined ? '' : `${JSON.stringify(details).slice(1, -1)},`
-    destination.write(`{"level":${info},"time":${Date.now()},"method":"${method}",` +
-      `"route":${route === undefined ? null : `"${route}"`},"status":${status},"ms":${ms},` +
-      `"request_id":"${requestId}","caller":"${caller}",${insertId === undefined ? '' : `"insert_id":"${insertId}",`}` +
-      (sent === undefined
+    const { method, route, status, ms, requestId, caller, insertId, sent, details } = line
+    if (method !== last?.method || route !== last.route || status !== last.status || caller !== last.caller) {
+      request = `,"method":"${method}","route":${route === undefined ? null : `"${route}"`},"status":${status},` +
+        `"caller":"${caller}","ms":`
+    }
+    if (sent !== last?.sent) {
+      sending = sent === undefined
         ? ''
-        : `"mixpanel_ms":${sent.mixpanel_ms},"attempts":${sent.attempts},"events":${sent.events},`) +
-      `${added}"msg":"request completed"}\n`)
+        : `"mixpanel_ms":${sent.mixpanel_ms},"attempts":${sent.attempts},"events":${sent.events},`
+    }
+    last = line
+    const added = details === undefined ? '' : `${JSON.stringify(details).slice(1, -1)},`
+    destination.write(`{"level":${info},"time":${Date.now()}${request}${ms},"request_id":"${requestId}",` +
+      `${insertId === undefined ? '' : `"insert_id":"${insertId}",`}${sending}${added}"msg":"request completed"}\n`)
   }
   return { logger, logRequest, toggleDebug }
 }

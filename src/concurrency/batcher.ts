@@ -126,9 +126,10 @@ export function createBatcher<Item, Result> ({
    */
   async function answer (batch: Entry<Item, Result>[], results: Result[], ms: number): Promise<void> {
     const size = ms < SLOW_MS ? batch.length : SLICE
-    for (const [index, { resolve }] of batch.entries()) {
+    let index = 0
+    for (const { resolve } of batch) {
       if (index > 0 && index % size === 0) await nextTurn()
-      resolve(results[index] as Result)
+      resolve(results[index++] as Result)
     }
   }
 

@@ -52,8 +52,6 @@ export class Lease {
 
 interface Bound { used: number, readonly max: number }
 
-const noop = () => {}
-
 /** Node's cost to read a chunk of a body: a fixed part, and a part for its bytes. */
 const CHUNK_US = 2
 const BYTES_PER_US = 2000
@@ -135,8 +133,11 @@ function createReader (
     let body: Buffer = NO_BYTES
     let length = 0
     let chunks = 0
+    let isOver = false
 
     function append (chunk: Buffer): void {
+      // The rest of a refused body is discarded. Without a listener Node would buffer each chunk first.
+      if (isOver) return
       chunks++
       if (chunks > MAX_CHUNKS && length < chunks * MIN_CHUNK_BYTES) {
         recordCost(payload.socket, TINY_US)
@@ -158,12 +159,13 @@ function createReader (
     }
 
     function end (error?: Error): void {
-      // These closures hold the body, so they must not live as long as the request.
-      payload.off('data', append).off('end', end).off('error', end)
-      if (error === undefined) return parse(body.length === length ? body : body.subarray(0, length), done)
-      // Discards the rest of the body. Without a listener Node would buffer each chunk first.
-      payload.on('data', noop)
-      done(error instanceof BodyError ? error : new BodyError('invalid_request', 'must arrive whole'))
+      if (isOver) return
+      isOver = true
+      // These closures live as long as the request, and the body must not.
+      const whole = body.length === length ? body : body.subarray(0, length)
+      body = NO_BYTES
+      if (error === undefined) parse(whole, done)
+      else done(error instanceof BodyError ? error : new BodyError('invalid_request', 'must arrive whole'))
     }
     payload.on('data', append).on('end', end).on('error', end)
   }

@@ -49,8 +49,8 @@ export async function openapi (config: Config): Promise<{ document: object, yaml
     async prepare (app) {
       await app.register(swagger, {
         openapi: about,
-        transform: ({ schema, url, route: { config } }) =>
-          ({ url, schema: { ...schema, ...config?.body !== undefined && { body: config.body } } }),
+        transform: ({ schema, url, route: { config: { body, headers } = {} } }) =>
+          ({ url, schema: { ...schema, ...body !== undefined && { body }, ...headers !== undefined && { headers } } }),
         transformObject: document => nameSchemas((document as { openapiObject: object }).openapiObject)
       })
     }

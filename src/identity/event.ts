@@ -3,6 +3,7 @@ import type { Config } from '../config.ts'
 import { MAX_IDENTITY_BYTES, type Identity } from './identity.ts'
 import { deviceKey, withoutPrefix } from './ids.ts'
 import { frozen, type PendingEvent } from './pending-event.ts'
+import { createTemplate, isPlain, PlainEvent, type Template } from './plain-event.ts'
 import { storedSdkEvent } from './sdk-event.ts'
 
 export type { PendingEvent } from './pending-event.ts'
@@ -19,10 +20,7 @@ export interface MergingEvent {
   properties: Readonly<Record<string, unknown>> & { $insert_id: string, time: number } & MergingIds
 }
 
-/** The name of an event and of its two ids, in JSON. */
-interface Names { event: string, user: string, anon: string }
-
-const IDENTIFY: Names = { event: '"$identify"', user: '"$identified_id"', anon: '"$anon_id"' }
+const IDENTIFY = createTemplate('$identify', '$identified_id', '$anon_id')
 
 /** Returns a function that makes the event of an identity that is validated at `now` (ms since the epoch). */
 export function createToEvent (
@@ -30,11 +28,11 @@ export function createToEvent (
 ): (identity: Identity, now: number) => PendingEvent {
   if (mode === 'original') return identifyEvent
   // Projects with Simplified ID Merge ignore `$identify`: there any other event with both ids merges.
-  const names: Names = { event: JSON.stringify(name), user: '"$user_id"', anon: '"$device_id"' }
+  const template = createTemplate(name, '$user_id', '$device_id')
   return (identity, now) => {
     // Mixpanel stores a `$device_id` without its prefix, and never finds one that has two.
     const device = withoutPrefix(identity.anon_id)
-    return mergingEvent(names, device, device, identity, now)
+    return mergingEvent(template, device, device, identity, now)
   }
 }
 
@@ -43,22 +41,15 @@ export function identifyEvent (identity: Identity, now: number): PendingIdentity
   return mergingEvent(IDENTIFY, identity.anon_id, deviceKey(identity.anon_id), identity, now)
 }
 
-/**
- * Returns an event with these names; `anon` is the anonymous id as Mixpanel stores it. The text is put together: an
- * object would be read once to make it and once to print it.
- */
+/** Returns an event of a template; `anon` is the anonymous id as Mixpanel stores it. */
 function mergingEvent (
-  names: Names, anon: string, anonKey: string, { identified_id: user, properties }: Identity, now: number
+  template: Template, anon: string, anonKey: string, { identified_id: user, properties }: Identity, now: number
 ): PendingIdentity {
   const own = properties === undefined ? '' : JSON.stringify(properties).slice(1, -1)
   const insertId = insertIdOf(user, anon, own)
   const time = Math.floor(now / 1000)
-  const userText = JSON.stringify(user)
-  // `distinct_id` is documented as optional, but without it Mixpanel has been seen to answer "distinct_id, missing or
-  // empty".
-  const json = `{"event":${names.event},"properties":{${own}${own === '' ? '' : ','}"distinct_id":${userText},` +
-    `${names.user}:${userText},${names.anon}:${JSON.stringify(anon)},"time":${time},"$insert_id":"${insertId}"}}`
-  return frozen(json, user, anonKey, insertId, time)
+  if (own === '' && isPlain(user) && isPlain(anon)) return new PlainEvent(template, user, anon, anonKey, insertId, time)
+  return frozen(template.json(user, anon, time, insertId, own), user, anonKey, insertId, time)
 }
 
 /**

@@ -42,7 +42,7 @@ export function withoutPrefix (id: string): string {
 
 /** Returns an anonymous id without its prefix, in lower case. */
 export function deviceKey (id: string): string {
-  return id.toLowerCase().replace('$device:', '')
+  return withoutPrefix(id.toLowerCase())
 }
 
 /** Returns true if `text` is too long for Mixpanel, which counts bytes. */

@@ -1,10 +1,12 @@
 /**
- * An event that waits for Mixpanel. It is serialised once and frozen, so a repeat has the same bytes. It holds no
- * token; the client adds it to each request.
+ * An event that waits for Mixpanel. It never changes, so a repeat has the same bytes. It holds no token; the client
+ * adds it to each request.
  */
 export interface PendingEvent {
   /** `{"event":…,"properties":{…}}` */
   readonly json: string
+  /** `json` without its last two braces, percent-encoded, if the event has that at a low cost. */
+  readonly encoded?: string
   /** The length of `json` in UTF-8. */
   readonly bytes: number
   /** The user's id, as the caller gave it; empty for an event without one. */

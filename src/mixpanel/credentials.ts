@@ -13,6 +13,7 @@ const MAX_FORMS = 100
 export function createCredentials (config: Secrets) {
   let basic = ''
   let closing = ''
+  let encodedClosing = ''
   let quoted = ''
   let current = ''
   /** Every form of every secret that a reason of Mixpanel may quote from a request. */
@@ -24,6 +25,7 @@ export function createCredentials (config: Secrets) {
     current = token
     quoted = JSON.stringify(token)
     closing = `,"token":${quoted}}}`
+    encodedClosing = encodeURIComponent(closing)
     const present = [token, account, account?.replace(/^[^:]*:/, '')].flatMap(secret => secret === undefined
       ? []
       : [secret, JSON.stringify(secret).slice(1, -1), encodeURIComponent(secret), base64(secret), base64(`${secret}:`)])
@@ -31,23 +33,29 @@ export function createCredentials (config: Secrets) {
   }
   use(config)
 
+  /** Returns an event's JSON with the token: in an SDK's event where its own stood, else as the last property. */
+  function withToken ({ json, tokenAt }: PendingEvent): string {
+    if (tokenAt === undefined) return `${json.slice(0, -2)}${closing}`
+    let text = ''
+    let from = 0
+    for (const at of tokenAt) {
+      text += json.slice(from, at) + quoted
+      from = at + MARK_LENGTH
+    }
+    return text + json.slice(from)
+  }
+
   return {
     use,
 
     /** Returns the `authorization` header of `/import`. */
     basic: () => basic,
 
-    /** Returns an event's JSON with the token: in an SDK's event where its own stood, else as the last property. */
-    withToken ({ json, tokenAt }: PendingEvent): string {
-      if (tokenAt === undefined) return `${json.slice(0, -2)}${closing}`
-      let text = ''
-      let from = 0
-      for (const at of tokenAt) {
-        text += json.slice(from, at) + quoted
-        from = at + MARK_LENGTH
-      }
-      return text + json.slice(from)
-    },
+    withToken,
+
+    /** Returns the same, percent-encoded. */
+    encodedWithToken: (event: PendingEvent): string =>
+      event.encoded === undefined ? encodeURIComponent(withToken(event)) : event.encoded + encodedClosing,
 
     /** Returns true if `text` looks like the token of another project. */
     isForeignToken: (text: string) => /^[0-9a-f]{32}$/i.test(text) && text !== current,

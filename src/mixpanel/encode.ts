@@ -28,21 +28,22 @@ export interface EncodeOptions {
  * an array, always validates, and always gives its reason.
  */
 export function encodeRequest (
-  events: PendingEvent[], options: EncodeOptions, { basic, withToken }: Credentials, config: Config
+  events: PendingEvent[], options: EncodeOptions, credentials: Credentials, config: Config
 ): EncodedRequest {
   const { endpoint = config.MIXPANEL_ENDPOINT, strict = false, verbose = false } = options
-  const list = events.map(withToken).join()
   if (endpoint === 'import') {
-    return importRequest('strict=1', list, basic(), config)
+    return importRequest('strict=1', events.map(credentials.withToken).join(), credentials.basic(), config)
   }
   const isStrict = strict || config.MIXPANEL_STRICT === '1'
-  const json = events.length === 1 ? list : `[${list}]`
+  // Each event is percent-encoded by itself, so the array around several is so as well.
+  const list = events.map(credentials.encodedWithToken).join('%2C')
+  const data = events.length === 1 ? list : `%5B${list}%5D`
   return {
     // ip=0 keeps Mixpanel from taking the relay's address for the user's location.
     path: `/track?ip=0${verbose ? '&verbose=1' : ''}`,
     headers: { 'content-type': 'application/x-www-form-urlencoded' },
     // Given a string, undici would keep a buffer as well.
-    body: Buffer.from(`data=${encodeURIComponent(json)}${isStrict ? '&strict=1' : ''}`, 'latin1')
+    body: Buffer.from(`data=${data}${isStrict ? '&strict=1' : ''}`, 'latin1')
   }
 }
 

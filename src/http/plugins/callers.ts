@@ -84,7 +84,7 @@ export const authorization = fp<{ config: Config }>(async (app, { config }) => {
 function credentialOf (
   { authorization, 'x-api-key': apiKey }: IncomingHttpHeaders
 ): { text: string, isBearer: boolean } | undefined {
-  const bearer = authorization === undefined ? null : /^Bearer(?: +|$)(.*)$/is.exec(authorization)
-  if (bearer !== null) return { text: bearer[1] as string, isBearer: true }
+  const text = authorization?.replace(/^Bearer(?: +|$)/i, '')
+  if (text !== undefined && text !== authorization) return { text, isBearer: true }
   return apiKey === undefined ? undefined : { text: String(apiKey), isBearer: false }
 }

@@ -11,9 +11,10 @@ export const SECURITY_HEADERS = {
 
 /** Gives every response the headers of a JSON API. A POST response must not be stored. */
 export const securityHeaders = fp(async app => {
-  const forPost = { ...SECURITY_HEADERS, 'cache-control': 'no-store' }
+  const headers = Object.entries(SECURITY_HEADERS)
   app.addHook('onRequest', ({ method }, reply, done) => {
-    reply.headers(method === 'POST' ? forPost : SECURITY_HEADERS)
+    for (const [name, value] of headers) reply.header(name, value)
+    if (method === 'POST') reply.header('cache-control', 'no-store')
     done()
   })
 })

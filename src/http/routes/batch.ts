@@ -23,6 +23,8 @@ declare module 'fastify' {
   interface FastifyContextConfig {
     /** The schema of the body for the OpenAPI document, when the handler validates the body itself. */
     body?: object
+    /** The schema of the headers for the OpenAPI document. Nothing is validated: the text of a header is a string. */
+    headers?: object
   }
 }
 
@@ -98,7 +100,7 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
   app.post('/identify/batch', {
     ...identityRoute,
     config: {
-      body: identitiesOf(rules.schema), callers: 'services', identities: 'many'
+      body: identitiesOf(rules.schema), headers: Headers, callers: 'services', identities: 'many'
     } satisfies FastifyContextConfig,
     schema: {
       operationId: 'identifyBatch',
@@ -108,7 +110,6 @@ export const batch: FastifyPluginAsyncTypebox<Options> = async (app, options) =>
       security: SECURITY,
       consumes: BODY_TYPES,
       querystring: Type.Object({}, { additionalProperties: false }),
-      headers: Headers,
       response: { 200: Results, 202: Results, 207: Results, ...problemResponses() }
     }
   }, async (request, reply) => {

@@ -42,7 +42,11 @@ const Queued = Type.Object({
 /** The response to nearly every request, as Fastify would write it. */
 const ACCEPTED = JSON.stringify({ status: 'accepted' })
 const JSON_TYPE = 'application/json; charset=utf-8'
-const sendAccepted = (reply: FastifyReply) => reply.header('content-type', JSON_TYPE).send(ACCEPTED)
+
+/** Sends it. A handler must not return the reply, which is thenable, so that a promise would wait for it once more. */
+function sendAccepted (reply: FastifyReply): void {
+  reply.header('content-type', JSON_TYPE).send(ACCEPTED)
+}
 
 const forgetBody = (request: FastifyRequest) => { request.body = undefined }
 
@@ -71,7 +75,7 @@ export const identify: FastifyPluginAsyncTypebox<Options> = async (app, options)
 
   app.post('/identify', {
     ...identityRoute,
-    config: { callers: 'all', identities: 'one' } satisfies FastifyContextConfig,
+    config: { headers: Headers, callers: 'all', identities: 'one' } satisfies FastifyContextConfig,
     preValidation ({ body }, reply, done) {
       const errors = checkSize(body, MAX_VALIDATED_FIELDS)
       if (errors.length > 0) reply.problem('invalid_request', { errors })
@@ -86,7 +90,6 @@ export const identify: FastifyPluginAsyncTypebox<Options> = async (app, options)
       consumes: BODY_TYPES,
       body: rules.schema,
       querystring: Query,
-      headers: Headers,
       response: {
         200: Type.Union([Accepted, Preview], { description: MEANING }), 202: Queued, ...problemResponses()
       }

@@ -24,8 +24,8 @@ export const Headers = Type.Object({
 })
 
 /** Returns true when a `prefer` header has `respond-async`: a comma list of preferences with parameters (RFC 7240). */
-export function prefersAsync (prefer: string | undefined): boolean {
-  return prefer !== undefined && /(?:^|,)\s*respond-async\s*(?:[;,=]|$)/i.test(prefer)
+export function prefersAsync (prefer: string | string[] | undefined): boolean {
+  return prefer !== undefined && /(?:^|,)\s*respond-async\s*(?:[;,=]|$)/i.test(String(prefer))
 }
 
 /** Sets the status and headers of a response to identities that wait in the outbox. */
