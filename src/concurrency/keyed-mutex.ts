@@ -10,9 +10,9 @@ interface Line {
 
 /**
  * A mutex for each key: tasks with one key run one at a time, in the order of the calls. Those that follow each other
- * and have one `owner` run together.
+ * and have one `owner` run together. Of each key at most `maxQueued` tasks wait.
  */
-export function createKeyedMutex () {
+export function createKeyedMutex (maxQueued = Infinity) {
   const lines = new Map<string, Line>()
   const inFlight = createInFlight()
 
@@ -21,11 +21,12 @@ export function createKeyedMutex () {
   return {
     /**
      * Begins a task, which `leave` must end, whatever happens. Returns undefined if it may run at once, as nearly all
-     * may; otherwise a promise that resolves after the earlier tasks with this key.
+     * may; otherwise a promise that resolves after the earlier tasks with this key. With `full` the task has not begun.
      */
-    enter (key: string, owner?: string): Promise<void> | undefined {
-      inFlight.begin()
+    enter (key: string, owner?: string): Promise<void> | 'full' | undefined {
       const line = lines.get(key)
+      if (line?.queue !== undefined && line.queue.length >= maxQueued) return 'full'
+      inFlight.begin()
       if (line === undefined) lines.set(key, { owner, running: 1 })
       else if (isShared(line, owner) && !line.queue?.length) line.running++
       else return new Promise<void>(resolve => { (line.queue ??= []).push({ owner, start: resolve }) })
@@ -49,8 +50,6 @@ export function createKeyedMutex () {
       }
     },
 
-    /** Returns how many tasks of a key wait for the one that runs. */
-    queued: (key: string) => lines.get(key)?.queue?.length ?? 0,
     inFlight: inFlight.count,
     /** Resolves when every task has ended. */
     idle: inFlight.idle

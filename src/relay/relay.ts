@@ -67,7 +67,7 @@ export function createRelay (
     createStoreAndForward(config, { outbox, send: batcher.add, abandon: batcher.abandon, delivery, log, metrics })
   const logWrongClock = throttled(log, 'error', 'clock before the date of this release')
   // The first user of an anonymous id keeps it for ever, so identities with one anonymous id are sent one at a time.
-  const mutex = createKeyedMutex()
+  const mutex = createKeyedMutex(MAX_QUEUED)
   /** Events of SDKs that do not merge, and so have no order. */
   const unordered = createInFlight()
   const inFlight = () => mutex.inFlight() + unordered.count()
@@ -118,8 +118,8 @@ export function createRelay (
       unordered.begin()
       return sendOrStore(item, options).finally(() => unordered.end())
     }
-    if (mutex.queued(anonKey) >= MAX_QUEUED) return CROWDED
     const turn = mutex.enter(anonKey, owner)
+    if (turn === 'full') return CROWDED
     try {
       if (turn !== undefined) await turn
       return await (failures === undefined
