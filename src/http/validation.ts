@@ -28,7 +28,8 @@ export function asFieldErrors (errors: unknown): FieldError[] {
 /** Returns an error for each rule that an identity breaks. It decides for every route. */
 export function checkIdentity (request: FastifyRequest, rules: IdentityRules, identity: unknown): FieldError[] {
   const validate = request.compileValidationSchema(rules.schema)
-  return [...validate(identity) ? [] : asFieldErrors(validate.errors), ...rules.check(identity)]
+  const schemaErrors = validate(identity) ? [] : [...asFieldErrors(validate.errors), ...rules.explain(identity)]
+  return [...schemaErrors, ...rules.check(identity)]
 }
 
 function fieldError (error: SchemaError): FieldError[] {

@@ -51,13 +51,20 @@ export function anonIdSchema ({ MIXPANEL_ID_MERGE: mode, ANON_ID_FORMAT: format 
   })
 }
 
-/** Returns the broken rules of an `anon_id` that JSON Schema cannot express. */
-export function checkAnonId (anon: string, { MIXPANEL_ID_MERGE: mode, ANON_ID_FORMAT: format }: Settings): string[] {
+const takesOnlyUuids = ({ MIXPANEL_ID_MERGE: mode, ANON_ID_FORMAT: format }: Settings) =>
+  mode === 'original' && format === 'uuid-v4'
+
+/** Returns what helps the sender of an `anon_id` that the schema refuses; undefined if nothing does. */
+export function explainAnonId (anon: string, settings: Settings): string | undefined {
   const id = withoutPrefix(anon)
-  if (mode === 'original' && format === 'uuid-v4') {
-    const isOfOlderSdk = !UUID_V4_ID.test(id) && FIVE_GROUPS_ID.test(id)
-    return isOfOlderSdk ? ['ids of older Mixpanel SDKs need ANON_ID_FORMAT=sdk'] : []
-  }
+  const isOfOlderSdk = takesOnlyUuids(settings) && !UUID_V4_ID.test(id) && FIVE_GROUPS_ID.test(id)
+  return isOfOlderSdk ? 'ids of older Mixpanel SDKs need ANON_ID_FORMAT=sdk' : undefined
+}
+
+/** Returns the broken rules of an `anon_id` that JSON Schema cannot express. */
+export function checkAnonId (anon: string, settings: Settings): string[] {
+  if (takesOnlyUuids(settings)) return []
+  const id = withoutPrefix(anon)
   const errors: string[] = []
   if (isTooLong(id)) errors.push(`must not have more than ${MAX_ID_BYTES} bytes of UTF-8`)
   // A UUID of zeros with a version has an error of the schema.

@@ -1,6 +1,6 @@
 import { Type, type Static } from '@sinclair/typebox'
 import type { Config } from '../config.ts'
-import { anonIdSchema, checkAnonId } from './anon-id.ts'
+import { anonIdSchema, checkAnonId, explainAnonId } from './anon-id.ts'
 import { INVISIBLE, NO_CONTROL_CHARACTERS, isJunkId, isSameDevice, isTooLong, MAX_ID_BYTES } from './ids.ts'
 
 /** An invalid field of a request: `pointer` is a JSON Pointer into the body, `detail` states the rule. */
@@ -78,7 +78,13 @@ export function createIdentityRules (settings: Settings) {
      * Returns an error for each broken rule that JSON Schema cannot express: junk ids, equality between fields, depth
      * and content of property values. Accepts any value, skips fields of the wrong type, and never throws.
      */
-    check: (body: unknown) => checkRules(body, settings)
+    check: (body: unknown) => checkRules(body, settings),
+    /** Returns hints about an identity that breaks a rule; none for a valid one. Accepts any value. */
+    explain (body: unknown): FieldError[] {
+      const { anon_id: anon }: Partial<Identity> = Object(body)
+      const detail = typeof anon === 'string' ? explainAnonId(anon, settings) : undefined
+      return detail === undefined ? [] : [{ pointer: '/anon_id', detail }]
+    }
   }
 }
 

@@ -50,7 +50,7 @@ function fill (pieces: Pieces, user: string, anon: string, time: number, insertI
     `${beforeInsertId}${insertId}${end}`
 }
 
-/** Returns true if `id` stands in JSON as it is, as nearly all ids do: printable ASCII without quotes and backslashes. */
+/** Returns true if `id` stands in JSON as it is, as nearly all do: printable ASCII without quotes and backslashes. */
 export const isPlain = (id: string): boolean => /^[ !#-[\]-~]*$/.test(id)
 
 /** Returns the same as encodeURIComponent, which takes five times as long for the ids that it leaves as they are. */

@@ -46,8 +46,10 @@ export const rateLimits = fp<Options>(async (app, { config, redis, log }) => {
   const isProxy = createNetworks(config.TRUST_PROXY)
   let hasWarned = false
   /** Without TRUST_PROXY all clients of a proxy share its limit, which looks like a fault of the relay. */
-  function warnOfProxy ({ headers, socket: { remoteAddress: address = '' } }: FastifyRequest): void {
-    if (headers['x-forwarded-for'] === undefined || isProxy(address)) return
+  function warnOfProxy ({ headers, socket }: FastifyRequest): void {
+    if (headers['x-forwarded-for'] === undefined) return
+    const { remoteAddress: address = '' } = socket
+    if (isProxy(address)) return
     hasWarned = true
     log.warn({ address, hint: 'if it is your proxy, list it in TRUST_PROXY' }, 'X-Forwarded-For not trusted')
   }

@@ -97,7 +97,8 @@ export const identify: FastifyPluginAsyncTypebox<Options> = async (app, options)
   }, async (request, reply) => {
     const errors = rules.check(request.body)
     if (request.validationError || errors.length > 0) {
-      return reply.problem('invalid_request', { errors: [...fieldErrors(request), ...errors] })
+      const hints = rules.explain(request.body)
+      return reply.problem('invalid_request', { errors: [...fieldErrors(request), ...hints, ...errors] })
     }
     const { caller } = request
     if (caller.kind === 'user' && caller.userId !== request.body.identified_id) {
