@@ -88,8 +88,11 @@ export async function buildApp (config: Config, dependencies: Dependencies) {
     clientErrorHandler: handleClientError(logger, connections, metrics, compat?.createAnswerHead(config.CORS_ORIGINS)),
     frameworkErrors: handleFrameworkError(logger, metrics),
     ajv: {
-      // Nothing is coerced or dropped. With `verbose` an error carries the description of its rule.
-      customOptions: { coerceTypes: false, removeAdditional: false, useDefaults: false, allErrors: true, verbose: true }
+      // Nothing is coerced or dropped. With `verbose` an error carries the description of its rule. The schemas are
+      // constant; to validate them would take a tenth of the time of a start.
+      customOptions: {
+        coerceTypes: false, removeAdditional: false, useDefaults: false, allErrors: true, verbose: true, validateSchema: false
+      }
     }
   })
   app.addHook('onClose', () => relay.stop())

@@ -1,19 +1,8 @@
 import type { MessagePort } from 'node:worker_threads'
 import type { Project } from '../config.ts'
+import { OPENED, type Answer, type Call } from './calls.ts'
 import { openDatabase, type Database } from './database.ts'
-import { DirectoryInUse, type Counts, type Limits } from './outbox.ts'
-
-/** A call of a method of the database, and its answer. Calls are answered one at a time, in their order. */
-export interface Call { id: number, name: keyof Database, args: unknown[] }
-export interface Answer {
-  id: number
-  result?: unknown
-  error?: { message: string, isInUse: boolean }
-  counts?: Counts
-}
-
-/** The id of the first answer, which says whether the database is open. */
-export const OPENED = 0
+import { DirectoryInUse, type Limits } from './outbox.ts'
 
 /** Opens the database and answers the calls on `port`, until it is closed. */
 export function answerCalls (port: MessagePort, directory: string, project: Project, limits: Limits): void {
