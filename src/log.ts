@@ -50,23 +50,24 @@ export function createLog (level: string, destination: { write: (line: string) =
   }
 
   // Most lines share these with the one before, and so their text.
-  let last: Pick<AccessLine, 'method' | 'route' | 'status' | 'caller' | 'sent'> | undefined
+  let last: Pick<AccessLine, 'method' | 'route' | 'status' | 'caller'> | undefined
   let request = ''
+  let lastSent: AccessLine['sent']
   let sending = ''
 
-  function logRequest (line: AccessLine): void {
+  function logRequest ({ method, route, status, ms, requestId, caller, insertId, sent, details }: AccessLine): void {
     if (!hasAccessLines) return
-    const { method, route, status, ms, requestId, caller, insertId, sent, details } = line
     if (method !== last?.method || route !== last.route || status !== last.status || caller !== last.caller) {
+      last = { method, route, status, caller }
       request = `,"method":"${method}","route":${route === undefined ? null : `"${route}"`},"status":${status},` +
         `"caller":"${caller}","ms":`
     }
-    if (sent !== last?.sent) {
+    if (sent !== lastSent) {
+      lastSent = sent
       sending = sent === undefined
         ? ''
         : `"mixpanel_ms":${sent.mixpanel_ms},"attempts":${sent.attempts},"events":${sent.events},`
     }
-    last = line
     const added = details === undefined ? '' : `${JSON.stringify(details).slice(1, -1)},`
     destination.write(`{"level":${info},"time":${Date.now()}${request}${ms},"request_id":"${requestId}",` +
       `${insertId === undefined ? '' : `"insert_id":"${insertId}",`}${sending}${added}"msg":"request completed"}\n`)

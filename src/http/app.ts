@@ -91,7 +91,12 @@ export async function buildApp (config: Config, dependencies: Dependencies) {
       // Nothing is coerced or dropped. With `verbose` an error carries the description of its rule. The schemas are
       // constant; to validate them would take a tenth of the time of a start.
       customOptions: {
-        coerceTypes: false, removeAdditional: false, useDefaults: false, allErrors: true, verbose: true, validateSchema: false
+        coerceTypes: false,
+        removeAdditional: false,
+        useDefaults: false,
+        allErrors: true,
+        verbose: true,
+        validateSchema: false
       }
     }
   })

@@ -5,10 +5,13 @@ import type { Slices } from '../concurrency/slices.ts'
 import type { Config } from '../config.ts'
 import { checkUtf8, parseJson } from './json.ts'
 
-declare module 'fastify' {
-  interface FastifyRequest {
-    /** The part of MAX_BYTES_IN_FLIGHT that the body holds, from its first byte until its response has left. */
-    lease: Lease
+declare module 'http' {
+  interface IncomingMessage {
+    /**
+     * The part of MAX_BYTES_IN_FLIGHT that the body holds, from its first byte until its response has left. Set for
+     * requests of routes that accept bodies.
+     */
+    lease?: Lease
   }
 }
 
@@ -110,11 +113,11 @@ export function createBodies ({ config, recordCost }: Options) {
      */
     accept (app: FastifyInstance, { types, limit, share, parse }: ReaderOptions): void {
       const createLease = budget.share(share)
-      app.decorateRequest('lease')
-      app.addHook('onRequest', (request, reply, done) => {
+      app.addHook('onRequest', ({ raw }, reply, done) => {
         const lease = createLease()
-        request.lease = lease
-        reply.raw.on('close', () => lease.release())
+        raw.lease = lease
+        // If the request has a connection, pipelining releases the lease: a second listener would be dear.
+        if (raw.pipeline === undefined) reply.raw.on('close', () => lease.release())
         done()
       })
       app.addContentTypeParser(types, createReader({ limit, recordCost, parse }))
@@ -126,7 +129,8 @@ export function createBodies ({ config, recordCost }: Options) {
 function createReader (
   { limit, recordCost, parse }: Pick<ReaderOptions, 'limit' | 'parse'> & Pick<Options, 'recordCost'>
 ) {
-  return ({ headers, lease }: FastifyRequest, payload: IncomingMessage, done: Done): void => {
+  return ({ headers, raw }: FastifyRequest, payload: IncomingMessage, done: Done): void => {
+    const lease = raw.lease as Lease
     const declared = Number(headers['content-length'] ?? 0)
     if (declared > limit) return done(new BodyError('body_too_large'))
     // Most bodies arrive in one chunk, which is used without a copy. Many small ones must not cost an object each.

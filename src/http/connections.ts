@@ -217,12 +217,11 @@ export function createConnections ({ config, charge, onError }: Options) {
       // The handler of an identity runs in the same turn. Fastify makes three closures for each kind of hook, and the
       // route has a preValidation hook already.
       app.addHook('preValidation', ({ raw }, reply, done) => {
-        const connection = connections.get(raw.socket)
-        if (connection !== undefined) pipelining.markChecked(connection.pipeline, raw, app.routing)
+        if (raw.pipeline !== undefined) pipelining.markChecked(raw.pipeline, raw, app.routing)
         done()
       })
       app.addHook('onSend', ({ raw }, reply, payload, done) => {
-        const pipeline = connections.get(raw.socket)?.pipeline
+        const { pipeline } = raw
         if (app.isShuttingDown() || hasLongUnreadBody(raw) || (pipeline !== undefined && isLast(pipeline, raw))) {
           reply.header('connection', 'close')
           if (pipeline !== undefined) pipeline.isClosing = true

@@ -11,6 +11,13 @@ const MAX_REFUSED = 2000
 /** Node's cost of a refused request, in µs. */
 const REFUSAL_US = 10
 
+declare module 'http' {
+  interface IncomingMessage {
+    /** The requests of its connection; undefined for an injected request, which has no connection. */
+    pipeline?: Pipeline
+  }
+}
+
 interface Costs {
   /** Records Node's cost of a connection in this turn of the event loop, in µs. */
   recordCost: (socket: Socket, us: number) => void
@@ -50,11 +57,13 @@ export function createPipelining ({ recordCost, charge }: Costs) {
   function start (
     pipeline: Pipeline, request: IncomingMessage, response: ServerResponse, handler: RequestListener
   ): void {
+    request.pipeline = pipeline
     pipeline.unanswered++
     pipeline.latest = request
     pipeline.hasRequested = true
     pipeline.isChecking = true
     response.on('close', () => {
+      request.lease?.release()
       pipeline.unanswered--
       markChecked(pipeline, request, handler)
       if (pipeline.latest === request) pipeline.latest = undefined

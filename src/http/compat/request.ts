@@ -1,4 +1,5 @@
 import type { FastifyReply, FastifyRequest } from 'fastify'
+import type { Lease } from '../body.ts'
 import { withQuery } from './answers.ts'
 import { queryOf, readBody, readForm, type Form } from './form.ts'
 import { gunzip } from './gunzip.ts'
@@ -16,7 +17,8 @@ export async function readRequest (
   // Until the body is unpacked only the query tells in which form an error is answered.
   request.parameters = query
   const isPacked = request.headers['content-encoding']?.toLowerCase() === 'gzip'
-  const form: Form = body === undefined ? {} : readBody(isPacked ? await gunzip(body, limit, request.lease) : body)
+  const unpack = (packed: Buffer) => gunzip(packed, limit, request.raw.lease as Lease)
+  const form: Form = body === undefined ? {} : readBody(isPacked ? await unpack(body) : body)
   const { data = query.data, ...parameters } = form
   request.parameters = withQuery(reply, parameters)
   return data
