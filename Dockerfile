@@ -39,7 +39,7 @@ WORKDIR /app
 COPY --from=dependencies /app/sbom.spdx.json ./
 COPY --from=dependencies /app/node_modules node_modules
 COPY --from=build /app/dist dist
-# The relay in few files: a start that loads 500 takes 1.3 times the CPU. The sandbox stays as it is built.
+# The relay in few files: a start that loads 500 takes 1.6 times the CPU. The sandbox stays as it is built.
 COPY --from=build /app/bundle dist
 COPY package.json LICENSE ./
 # A new volume that is mounted here is user 1000's as well: OUTBOX=file:/var/lib/identify-relay

@@ -1,3 +1,4 @@
+import { spawnSync } from 'node:child_process'
 import fs, { chmodSync, cpSync, linkSync, readdirSync, readFileSync, renameSync, rmSync, statSync, symlinkSync, utimesSync, writeFileSync } from 'node:fs'
 import { randomUUID } from 'node:crypto'
 import { syncBuiltinESMExports } from 'node:module'
@@ -34,6 +35,14 @@ function openHere (t: Test, directory: string) {
   const next = (count: number) => database.next(count).map(({ id }) => ({ id: String(id) }))
   return { ...database, put, next }
 }
+
+t.test('only the thread of the outbox loads SQLite', async t => {
+  const loads = (module: string) => spawnSync(process.execPath, [
+    '-e', `import('./dist/outbox/${module}.js').then(() => console.log(Object.keys(require.cache).some(path => path.includes('libsql'))))`
+  ], { encoding: 'utf8' }).stdout.trim()
+  t.equal(loads('sqlite'), 'false')
+  t.equal(loads('database-calls'), 'true')
+})
 
 t.test('the SQLite outbox keeps the promises of an outbox', async t => {
   const directory = join(t.testdir({}), 'made', 'here')

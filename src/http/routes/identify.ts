@@ -43,7 +43,7 @@ const Queued = Type.Object({
 const ACCEPTED = JSON.stringify({ status: 'accepted' })
 const JSON_TYPE = 'application/json; charset=utf-8'
 
-/** Sends it. A handler must not return the reply, which is thenable, so that a promise would wait for it once more. */
+/** Sends it. A handler that returns it as well would wait for it once more: a reply is thenable. */
 function sendAccepted (reply: FastifyReply): void {
   reply.header('content-type', JSON_TYPE).send(ACCEPTED)
 }
