@@ -37,7 +37,7 @@ interface ConnectOptions {
 export async function connectRedis (
   url: string, log: Log, { uses, isRequired = true }: ConnectOptions = {}
 ): Promise<Redis> {
-  const { Redis } = await import('ioredis')
+  const { default: { Redis } } = await import('ioredis')
   const redis = new Redis(url, {
     lazyConnect: true,
     connectTimeout: 500,

@@ -2,7 +2,7 @@ import { spawnSync } from 'node:child_process'
 import { readFileSync } from 'node:fs'
 import { setTimeout as sleep } from 'node:timers/promises'
 import { t } from 'tap'
-import { identity, startSandbox, temporary, TOKEN } from './helper.ts'
+import { identity, needsRedis, startRedis, startSandbox, temporary, TOKEN } from './helper.ts'
 import { startProcess } from './processes.ts'
 
 const SERVER = 'bundle/server.js'
@@ -29,6 +29,21 @@ t.test('the bundle of the image is the relay, with the thread of the outbox and 
   sandbox.faults.clear()
   while (!/identify_relay_outbox_waiting 0/.test(await (await fetch(`${metricsUrl}/metrics`)).text())) await sleep(200)
   for (const path of ['docs', 'docs/swagger-ui.css', 'openapi.json', 'readyz']) t.equal((await fetch(`${url}/${path}`)).status, 200, path)
+  relay.child.kill('SIGTERM')
+  t.equal(await relay.exit, 0)
+})
+
+t.test('the bundle keeps its outbox and its limits in Redis', needsRedis, async t => {
+  const [sandbox, redis] = await Promise.all([startSandbox(t), startRedis(t)])
+  sandbox.faults.add({ name: 'edge_down', times: 1000 })
+  const relay = startProcess(t, SERVER, [], {
+    MIXPANEL_TOKEN: TOKEN, MIXPANEL_URL: sandbox.url, PORT: '0', REDIS_URL: redis.url, OUTBOX: 'redis', RATE_LIMIT_MAX: '1', ALLOW_ANONYMOUS: 'true'
+  })
+  const [, url] = await relay.until(/Server listening at (http:[^"]+)"/)
+  const post = async () => (await fetch(`${url}/identify`, {
+    method: 'POST', headers: { 'content-type': 'application/json', prefer: 'respond-async' }, body: JSON.stringify(identity())
+  })).status
+  t.same([await post(), await post()], [202, 429])
   relay.child.kill('SIGTERM')
   t.equal(await relay.exit, 0)
 })
