@@ -51,26 +51,26 @@ export function createLog (level: string, destination: { write: (line: string) =
 
   // Most lines share these with the one before, and so their text.
   let last: Pick<AccessLine, 'method' | 'route' | 'status' | 'caller'> | undefined
-  let request = ''
+  let requestText = ''
   let lastSent: AccessLine['sent']
-  let sending = ''
+  let sentText = ''
 
   function logRequest ({ method, route, status, ms, requestId, caller, insertId, sent, details }: AccessLine): void {
     if (!hasAccessLines) return
     if (method !== last?.method || route !== last.route || status !== last.status || caller !== last.caller) {
       last = { method, route, status, caller }
-      request = `,"method":"${method}","route":${route === undefined ? null : `"${route}"`},"status":${status},` +
+      requestText = `,"method":"${method}","route":${route === undefined ? null : `"${route}"`},"status":${status},` +
         `"caller":"${caller}","ms":`
     }
     if (sent !== lastSent) {
       lastSent = sent
-      sending = sent === undefined
+      sentText = sent === undefined
         ? ''
         : `"mixpanel_ms":${sent.mixpanel_ms},"attempts":${sent.attempts},"events":${sent.events},`
     }
     const added = details === undefined ? '' : `${JSON.stringify(details).slice(1, -1)},`
-    destination.write(`{"level":${info},"time":${Date.now()}${request}${ms},"request_id":"${requestId}",` +
-      `${insertId === undefined ? '' : `"insert_id":"${insertId}",`}${sending}${added}"msg":"request completed"}\n`)
+    destination.write(`{"level":${info},"time":${Date.now()}${requestText}${ms},"request_id":"${requestId}",` +
+      `${insertId === undefined ? '' : `"insert_id":"${insertId}",`}${sentText}${added}"msg":"request completed"}\n`)
   }
   return { logger, logRequest, toggleDebug }
 }

@@ -73,6 +73,26 @@ t.test('toggleDebug switches to debug and back, with a line for each', async t =
   }
 })
 
+t.test('each access line has its own fields, whatever it shares with the line before', async t => {
+  const first = { method: 'POST', route: '/identify', status: 200, ms: 1, requestId: 'a-1', caller: 'key:one', insertId: 'b', sent: { mixpanel_ms: 2, attempts: 1, events: 3 }, details: undefined }
+  const changes = [
+    { method: 'GET' }, { route: undefined }, { status: 404 }, { ms: 1.5 }, { requestId: 'a-2' }, { caller: 'anonymous' }, { insertId: undefined },
+    { sent: undefined }, { sent: { mixpanel_ms: 2.5, attempts: 2, events: 1 } }, { details: { code: 'internal', cause: 'a "quote" and é' } }
+  ]
+  const written: object[] = []
+  const { logRequest } = createLog('info', { write: line => { written.push(JSON.parse(line)) } })
+  for (const change of changes) {
+    for (const access of [first, { ...first, ...change }, first]) {
+      logRequest(access)
+      const { route = null, requestId, insertId, sent, details, ...rest } = access
+      t.match(written.at(-1), { level: 30, time: Number })
+      t.same(Object.fromEntries(Object.entries(written.at(-1) as object).filter(([name]) => name !== 'level' && name !== 'time')), {
+        ...rest, route, request_id: requestId, ...insertId !== undefined && { insert_id: insertId }, ...sent, ...details, msg: 'request completed'
+      })
+    }
+  }
+})
+
 t.test('a line says what was wrong, and which trace it belongs to', async t => {
   const { inject, logged, post } = await startRelay(t)
   const trace = '4bf92f3577b34da6a3ce929d0e0e4736'

@@ -11,7 +11,7 @@ import type { Project } from '#src/config.js'
 import { identifyEvent, type PendingEvent } from '#src/identity/event.js'
 import type { Log } from '#src/log.js'
 import { openDatabase } from '#src/outbox/database.js'
-import { answerCalls } from '#src/outbox/database-calls.js'
+import { answerCalls } from '#src/outbox/answer-calls.js'
 import { MAX_ENTRIES, type Limits, type Outbox } from '#src/outbox/outbox.js'
 import { connectOutbox, openSqlite } from '#src/outbox/sqlite.js'
 import { identity, silent, temporary } from './helper.ts'
@@ -41,7 +41,7 @@ t.test('only the thread of the outbox loads SQLite', async t => {
     '-e', `import('./dist/outbox/${module}.js').then(() => console.log(Object.keys(require.cache).some(path => path.includes('libsql'))))`
   ], { encoding: 'utf8' }).stdout.trim()
   t.equal(loads('sqlite'), 'false')
-  t.equal(loads('database-calls'), 'true')
+  t.equal(loads('answer-calls'), 'true')
 })
 
 t.test('the SQLite outbox keeps the promises of an outbox', async t => {

@@ -21,7 +21,8 @@ export function createKeyedMutex (maxQueued = Infinity) {
   return {
     /**
      * Begins a task, which `leave` must end, whatever happens. Returns undefined if it may run at once, as nearly all
-     * may; otherwise a promise that resolves after the earlier tasks with this key. With `full` the task has not begun.
+     * may; otherwise a promise that resolves after the earlier tasks with this key. Returns `full` if `maxQueued` tasks
+     * wait already: then it has not begun, and must not be ended.
      */
     enter (key: string, owner?: string): Promise<void> | 'full' | undefined {
       const line = lines.get(key)

@@ -1,9 +1,10 @@
 import { hash } from 'node:crypto'
 import type { Config } from '../config.ts'
+import { createEventTemplate, type EventTemplate } from './event-template.ts'
 import { MAX_IDENTITY_BYTES, type Identity } from './identity.ts'
 import { deviceKey, withoutPrefix } from './ids.ts'
 import { frozen, type PendingEvent } from './pending-event.ts'
-import { createTemplate, isPlain, PlainEvent, type Template } from './plain-event.ts'
+import { isPlain, PlainEvent } from './plain-event.ts'
 import { storedSdkEvent } from './sdk-event.ts'
 
 export type { PendingEvent } from './pending-event.ts'
@@ -20,7 +21,7 @@ export interface MergingEvent {
   properties: Readonly<Record<string, unknown>> & { $insert_id: string, time: number } & MergingIds
 }
 
-const IDENTIFY = createTemplate('$identify', '$identified_id', '$anon_id')
+const IDENTIFY = createEventTemplate('$identify', '$identified_id', '$anon_id')
 
 /** Returns a function that makes the event of an identity that is validated at `now` (ms since the epoch). */
 export function createToEvent (
@@ -28,7 +29,7 @@ export function createToEvent (
 ): (identity: Identity, now: number) => PendingEvent {
   if (mode === 'original') return identifyEvent
   // Projects with Simplified ID Merge ignore `$identify`: there any other event with both ids merges.
-  const template = createTemplate(name, '$user_id', '$device_id')
+  const template = createEventTemplate(name, '$user_id', '$device_id')
   return (identity, now) => {
     // Mixpanel stores a `$device_id` without its prefix, and never finds one that has two.
     const device = withoutPrefix(identity.anon_id)
@@ -43,7 +44,7 @@ export function identifyEvent (identity: Identity, now: number): PendingIdentity
 
 /** Returns an event of a template; `anon` is the anonymous id as Mixpanel stores it. */
 function mergingEvent (
-  template: Template, anon: string, anonKey: string, { identified_id: user, properties }: Identity, now: number
+  template: EventTemplate, anon: string, anonKey: string, { identified_id: user, properties }: Identity, now: number
 ): PendingIdentity {
   const own = properties === undefined ? '' : JSON.stringify(properties).slice(1, -1)
   const insertId = insertIdOf(user, anon, own)

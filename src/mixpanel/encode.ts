@@ -35,7 +35,7 @@ export function encodeRequest (
     return importRequest('strict=1', events.map(credentials.withToken).join(), credentials.basic(), config)
   }
   const isStrict = strict || config.MIXPANEL_STRICT === '1'
-  // Each event is percent-encoded by itself, so the array around several is so as well.
+  // Events are percent-encoded one by one. %5B, %2C and %5D make an array of them.
   const list = events.map(credentials.encodedWithToken).join('%2C')
   const data = events.length === 1 ? list : `%5B${list}%5D`
   return {

@@ -1,6 +1,6 @@
 import { workerData, type MessagePort } from 'node:worker_threads'
 import type { Project } from '../config.ts'
-import { answerCalls } from './database-calls.ts'
+import { answerCalls } from './answer-calls.ts'
 import type { Limits } from './outbox.ts'
 
 export interface ThreadData { port: MessagePort, directory: string, project: Project, limits: Limits }

@@ -23,8 +23,6 @@ declare module 'fastify' {
   interface FastifyContextConfig {
     /** The schema of the body for the OpenAPI document, when the handler validates the body itself. */
     body?: object
-    /** The schema of the headers for the OpenAPI document. Nothing is validated: the text of a header is a string. */
-    headers?: object
   }
 }
 

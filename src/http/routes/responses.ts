@@ -5,6 +5,13 @@ import type { ProblemOptions, ProblemCode } from '../problem.ts'
 import { MAX_IDENTITY_BYTES, type FieldError } from '../../identity/identity.ts'
 import type { Failure, Verdict } from '../../identity/verdict.ts'
 
+declare module 'fastify' {
+  interface FastifyContextConfig {
+    /** The schema of the headers for the OpenAPI document. Headers are always text, so they need no validation. */
+    headers?: object
+  }
+}
+
 /** Both identity routes report schema errors together with the rules that no schema can express. */
 export const identityRoute = { attachValidation: true }
 
